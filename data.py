@@ -1,0 +1,472 @@
+"""Text or instructions in, an `Examples` table out.
+
+A *document* is a Wikipedia article, the documentation of a Python module, an instruction with its
+response. Each document is tokenised on its own and cut into *examples*: a prompt, and a
+continuation that is scored.
+
+    running text    consecutive rows of T + 1 tokens that share no token and never cross a
+                    document's end; the first quarter of a row is its prompt
+    instructions    one row each: instruction and input are the prompt, the response follows
+
+No two rows share a token. With the usual overlap by one, the last target of a row would be the
+first prompt token of the next, and would reach its own prediction through the statistics of a
+cluster that holds both.
+"""
+
+import ast
+import base64
+import functools
+import hashlib
+import json
+import os
+import re
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from files import UserError, read_json, whole_file, write_json, write_text
+
+SPLITS = ("train", "validation", "test")
+IGNORE = -1  # a target that is not scored
+END = "<|endoftext|>"
+# name: (repository on the Hugging Face Hub, its configuration)
+HUB = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-v1"),
+    "wikitext2-raw": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "alpaca": ("tatsu-lab/alpaca", None),
+}
+
+
+class Document(NamedTuple):
+    key: str  # documents with the same key are kept in one split
+    prompt: str  # "" in running text
+    text: str
+    split: str | None = None  # None: not split by its publisher
+
+
+# ------------------------------------------------------------------------------------- sources
+
+
+@functools.cache
+def read_pydocs():
+    """Docstrings of the standard library, a document a module, and Python's help topics."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if skipped & set(name.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # a few files are templates or samples, not modules
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+        documents.append(Document(name.as_posix(), "", "\n\n".join(filter(None, found))))
+    from pydoc_data.topics import topics
+
+    documents += [Document(f"topic {name}", "", text) for name, text in sorted(topics.items())]
+    return [document for document in documents if document.text.strip()]
+
+
+def open_text(path):
+    try:
+        return open(path, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_lines(path):
+    """Lines with their newline. Only "\\n" ends a line: WikiText has Unicode separators in it."""
+    with open_text(path) as file:
+        number = 0
+        try:
+            for number, line in enumerate(file, 1):
+                yield line
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}, after line {number}: not UTF-8 ({error.reason}); convert it first, "
+                f"e.g. iconv -f latin1 -t utf-8"
+            ) from None
+
+
+def read_wikitext(folder):
+    """Articles. A title is a line ` = Title = ` between two blank lines; table rows are not."""
+    title = re.compile(r" = [^=]+ = \n")
+    for split in SPLITS:
+        lines, count = [], 0
+        for line in read_lines(folder / f"{split}.txt"):
+            lines.append(line)
+            if len(lines) > 2 and title.fullmatch(lines[-2]):
+                if not line.strip() and not lines[-3].strip():
+                    yield Document(f"{split} {count}", "", "".join(lines[:-2]), split)
+                    lines, count = lines[-2:], count + 1
+        yield Document(f"{split} {count}", "", "".join(lines), split)
+
+
+def read_sections(paths):
+    """Plain text, in sections of at most about 64 kB that end where a line ends."""
+    size = min(sum(path.stat().st_size for path in paths) // 40, 1 << 16)
+    for path in paths:
+        section, length, count = [], 0, 0
+        for line in read_lines(path):
+            section.append(line)
+            length += len(line)
+            if length >= size:
+                yield Document(f"{path} {count}", "", "".join(section))
+                section, length, count = [], 0, count + 1
+        yield Document(f"{path} {count}", "", "".join(section))
+
+
+def read_records(path):
+    """Records of a .jsonl file or a .json array: {instruction, output[, input]} or {text}."""
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(read_lines(path), 1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield record_document(parse_json(line, where), where)
+        return
+    records = parse_json("".join(read_lines(path)), path)
+    if not isinstance(records, list):
+        raise UserError(f"{path}: expected a JSON array of records")
+    for number, record in enumerate(records, 1):
+        yield record_document(record, f"{path}, record {number}")
+
+
+def parse_json(text, where):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+
+
+def record_document(record, where):
+    fields = record if isinstance(record, dict) else {}
+    texts = [fields.get(name, "") for name in ("instruction", "input", "output", "text")]
+    instructs, plain = {"instruction", "output"} <= fields.keys(), "text" in fields
+    if not (instructs or plain) or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f'{where}: expected an object with the strings "instruction" and "output" (and perhaps '
+            f'"input"), or with the string "text"'
+        )
+    if not instructs:
+        return Document(fields["text"], "", fields["text"])
+    prompt = "\n".join(filter(None, (texts[0].strip(), texts[1].strip())))
+    # A blank line stands between prompt and response; there is no other template.
+    return Document(prompt, prompt + "\n\n", texts[2].strip())
+
+
+def fetch(name, folder):
+    """Download a data set from the Hugging Face Hub into `folder`, as plain files."""
+    import datasets
+
+    repository, configuration = HUB[name]
+    try:
+        tables = datasets.load_dataset(repository, configuration)
+    except Exception as error:  # whatever went wrong on the way, there are two ways out
+        wanted = folder / ("alpaca_data.json" if name == "alpaca" else "train.txt")
+        raise UserError(
+            f"{wanted} does not exist and the Hugging Face Hub cannot be reached "
+            f"({type(error).__name__}); with a network, fetch it with: python train.py --dataset "
+            f"{name} --data-dir {folder.parent}; without one, use --dataset pydocs"
+        ) from None
+    if name == "alpaca":
+        fields = ("instruction", "input", "output")
+        records = [{field: row[field] for field in fields} for row in tables["train"]]
+        write_json(folder / "alpaca_data.json", records)
+        return
+    for split in reversed(SPLITS):  # train.txt is written last: it says that all are there
+        # The Hub has "" for a blank line; the original release has a space and a newline.
+        text = "".join(line or " \n" for line in tables[split]["text"])
+        write_text(folder / f"{split}.txt", text)
+
+
+def reader(dataset, data_dir):
+    """Return a function that reads the documents of a data set anew at each call."""
+    folder = Path(data_dir) / dataset
+    if dataset == "pydocs":
+        return read_pydocs
+    if dataset in HUB:
+        wanted = folder / ("alpaca_data.json" if dataset == "alpaca" else "train.txt")
+        if not wanted.exists():
+            fetch(dataset, folder)
+        if dataset == "alpaca":
+            return lambda: read_records(wanted)
+        return lambda: read_wikitext(folder)
+    path = Path(dataset)
+    if not path.exists():
+        known = ", ".join(["pydocs", *HUB])
+        raise UserError(f"--dataset {dataset}: neither a known name ({known}) nor a file or folder")
+    if all((path / f"{split}.txt").exists() for split in SPLITS):
+        return lambda: read_wikitext(path)
+    kinds = (".txt", ".jsonl", ".json")
+    paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    paths = [p for p in paths if p.suffix in kinds]
+    if not paths:
+        raise UserError(f"{path}: no .txt, .jsonl or .json file there")
+    texts = [p for p in paths if p.suffix == ".txt"]
+    records = [p for p in paths if p.suffix != ".txt"]
+
+    def read():
+        yield from read_sections(texts)
+        for p in records:
+            yield from read_records(p)
+
+    return read
+
+
+class Corpus:
+    """The documents of a data set by split; read anew at each pass, never held in memory.
+
+    Documents that their publisher did not split are split 90/5/5 by the hash of their key: the
+    same on every machine, whatever the order, with equal keys on one side.
+    """
+
+    def __init__(self, dataset, data_dir):
+        self._read = reader(dataset, data_dir)
+        self.dropped, keys, digest = 0, set(), hashlib.sha256()
+        for document in self._read():
+            digest.update(repr(document).encode())
+            self.dropped += is_unanswered(document)
+            if document.split is None and document.text.strip():
+                keys.add(key_hash(document.key))
+        self.fingerprint = digest.hexdigest()[:16]
+        ordered = sorted(keys)
+        held_out = max(1, round(0.05 * len(ordered)))
+        self._limits = [ordered[i] for i in (held_out, 2 * held_out)] if len(keys) > 2 else None
+        if keys and not self._limits:
+            raise UserError(
+                f"--dataset {dataset}: {len(keys)} documents with text; it takes at least 3 to have "
+                f"one each for training, validation and test"
+            )
+
+    def documents(self, split):
+        for document in self._read():
+            if document.text.strip() and (document.split or self._split(document)) == split:
+                yield document
+
+    def _split(self, document):
+        hashed, (test, validation) = key_hash(document.key), self._limits
+        return "test" if hashed < test else "validation" if hashed < validation else "train"
+
+
+def key_hash(key):
+    return hashlib.sha256(f"split 0: {key}".encode()).digest()[:8]
+
+
+def is_unanswered(document):
+    return bool(document.prompt) and not document.text.strip()
+
+
+# ----------------------------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """Byte-pair encoding through tiktoken; remembers how to save and to name itself."""
+
+    def __init__(self, spec):
+        """`spec` is JSON: {"name": "gpt2"}, or name, pattern and ranks of a trained one."""
+        import tiktoken
+
+        self.spec = spec
+        if spec["name"] == "gpt2":
+            try:
+                self._encoding = tiktoken.get_encoding("gpt2")
+            except Exception as error:  # requests raises a dozen kinds
+                raise UserError(
+                    f"cannot load tiktoken's gpt2 vocabulary ({type(error).__name__}); set "
+                    f"TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe"
+                ) from None
+        else:
+            ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
+            self._encoding = tiktoken.Encoding(
+                spec["name"],
+                pat_str=spec["pattern"],
+                mergeable_ranks=ranks,
+                special_tokens={END: len(ranks)},
+            )
+        self.vocab_size = self._encoding.n_vocab
+        self.end = self._encoding.eot_token
+        self.fingerprint = hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:16]
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """Byte-level BPE (Sennrich et al. 2016) with rustbpe, on an iterable of texts."""
+        import rustbpe
+
+        if vocab_size < 257:
+            raise UserError(f"--vocab-size {vocab_size}: needs at least 257, all bytes and one end")
+        trained = rustbpe.Tokenizer()
+        trained.train_from_iterator(iter(texts), vocab_size=vocab_size - 1)
+        ranks = sorted(trained.get_mergeable_ranks(), key=lambda pair: pair[1])
+        tokens = [base64.b64encode(bytes(token)).decode() for token, _ in ranks]
+        return cls({"name": "bpe", "pattern": trained.get_pattern(), "ranks": tokens})
+
+    @classmethod
+    def load(cls, path):
+        spec = read_json(path)
+        try:
+            return cls(spec)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path} is not a tokenizer that train.py wrote") from None
+
+    def save(self, path):
+        write_json(path, self.spec)
+
+    def encode(self, text):
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts):
+        return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+    def decode(self, tokens):
+        return self._encoding.decode(tokens)
+
+    def bytes_per_token(self):
+        """(V,) bytes of text that each token stands for; 0 for the end token."""
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for token in range(self.vocab_size):
+            if token != self.end:
+                sizes[token] = len(self._encoding.decode_single_token_bytes(token))
+        return torch.from_numpy(sizes)
+
+
+# ------------------------------------------------------------------------------ tokens on disk
+
+
+def encode(corpus, split, tokenizer, cache):
+    """Tokenise one split into files under `cache`, unless they are there; return them mapped.
+
+    Returns tokens (all documents, one after the other) and an index (D + 1, 2): each document's
+    first token and its number of prompt tokens, 0 in running text. The files' name is a hash of
+    the text, the tokenizer and this very file, so that none of them can change unnoticed.
+    """
+    key = f"{corpus.fingerprint} {tokenizer.fingerprint} {split}".encode()
+    name = hashlib.sha256(key + Path(__file__).read_bytes()).hexdigest()[:16]
+    flat, index = Path(cache) / f"{split}-{name}.tokens", Path(cache) / f"{split}-{name}.npy"
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    if not index.exists():
+        written, rows = 0, []
+        with whole_file(flat) as temporary, open(temporary, "wb") as file:
+            for batch in batched(corpus.documents(split), size=1 << 22):
+                prompts = tokenizer.encode_batch([document.prompt for document in batch])
+                texts = tokenizer.encode_batch([document.text for document in batch])
+                for prompt, text in zip(prompts, texts, strict=True):
+                    # A response says where it ends; running text goes on in its next row.
+                    tokens = prompt + text + [tokenizer.end] if prompt else text
+                    rows.append((written, len(prompt)))
+                    written += len(tokens)
+                    file.write(np.array(tokens, dtype=dtype).tobytes())
+        rows.append((written, 0))
+        with whole_file(index) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.array(rows, dtype=np.int64))
+    rows = np.load(index)
+    if rows[-1, 0] == 0:
+        raise UserError(f"the {split} split has no text")
+    return np.memmap(flat, dtype=dtype, mode="r"), rows
+
+
+def batched(documents, size):
+    """Lists of documents, each of about `size` characters."""
+    batch, length = [], 0
+    for document in documents:
+        batch.append(document)
+        length += len(document.prompt) + len(document.text)
+        if length >= size:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
+
+
+# ------------------------------------------------------------------------------------ examples
+
+
+@dataclass
+class Examples:
+    """N rows of at most T + 1 tokens, as places in one long array of tokens.
+
+    Row i is tokens[start[i] : start[i] + length[i]]; its first prompt[i] tokens are its prompt,
+    and article[i] is the document that it was cut from.
+    """
+
+    tokens: np.ndarray  # (all tokens of the split,)
+    start: np.ndarray  # (N,)
+    length: np.ndarray  # (N,), from 2 to T + 1
+    prompt: np.ndarray  # (N,), from 1 to length - 1
+    article: np.ndarray  # (N,)
+    dropped: int = 0  # documents whose prompt left no room for a continuation
+
+    def __len__(self):
+        return len(self.start)
+
+    def rows(self, index):
+        """Tokens (B, W) of the rows `index` (B,), padded with 0 to the longest, and real (B, W)."""
+        index = np.asarray(index)
+        place = np.arange(self.length[index].max())  # (W,)
+        real = place < self.length[index, None]  # (B, W)
+        rows = self.tokens[(self.start[index, None] + place) * real] * real
+        return torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(real)
+
+    def prompts(self, index, scope="prompt"):
+        """Tokens (B, W) that a statistic may look at, and a mask (B, W) of them.
+
+        scope "full" takes the whole row, targets included: it leaks, and is there to show that.
+        """
+        rows, real = self.rows(index)
+        if scope == "full":
+            return rows, real
+        prompt = torch.from_numpy(self.prompt[np.asarray(index)])
+        width = int(prompt.max())
+        return rows[:, :width], torch.arange(width) < prompt[:, None]
+
+    def batch(self, index, whole=False):
+        """Inputs (B, W) and targets (B, W), which are IGNORE outside the continuation.
+
+        targets[b, t] is the token after inputs[b, t]. `whole` scores the prompt as well (not its
+        first token, which nothing predicts): how the base model is trained.
+        """
+        rows, real = self.rows(index)
+        first = torch.ones(len(rows), 1) if whole else torch.from_numpy(
+            self.prompt[np.asarray(index), None])
+        scored = real & (torch.arange(rows.shape[1]) >= first)
+        return rows[:, :-1], rows.masked_fill(~scored, IGNORE)[:, 1:].contiguous()
+
+
+def cut(tokens, documents, block_size):
+    """Cut the documents of `encode` into `Examples` with T = block_size."""
+    start, end = documents[:-1, 0], documents[1:, 0]
+    given = documents[:-1, 1]  # prompt tokens that the document names itself, else 0
+    width = block_size + 1
+    n_rows = np.where(given > 0, 1, -(-(end - start) // width))
+    article = np.repeat(np.arange(len(start)), n_rows)
+    row = np.arange(len(article)) - np.repeat(np.cumsum(n_rows) - n_rows, n_rows)
+    start = start[article] + row * width
+    length = np.minimum(end[article] - start, width)
+    prompt = np.where(given[article] > 0, given[article], np.maximum(1, length // 4))
+    kept = prompt < length  # leaves out rows of one token, and prompts that fill the row
+    table = (column[kept] for column in (start, length, prompt, article))
+    return Examples(tokens, *table, dropped=int((~kept & (given[article] > 0)).sum()))
+
+
+def load_examples(corpus, tokenizer, block_size, cache):
+    """`Examples` of all three splits, by name; says what was left out."""
+    examples = {}
+    for split in SPLITS:
+        tokens, documents = encode(corpus, split, tokenizer, cache)
+        if not documents[:, 1].any() and len(tokens) <= block_size:
+            raise UserError(
+                f"the {split} split has {len(tokens)} tokens, fewer than one block of "
+                f"{block_size + 1}; give more text or a smaller --block-size"
+            )
+        examples[split] = table = cut(tokens, documents, block_size)
+        if table.dropped:
+            print(f"{split}: {table.dropped} records left out, prompt longer than a block")
+        if not len(table):
+            raise UserError(f"the {split} split has no row to score; raise --block-size")
+    return examples

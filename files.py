@@ -1,0 +1,91 @@
+"""Files that are written whole or not at all, and mistakes that are told in one line.
+
+A run is stopped at any moment: by Ctrl-C, by a full disk, by a closed laptop. So every file here
+is first written under a temporary name and then renamed, which the operating system does in one
+step. Tensors are kept with safetensors and the rest as JSON; nothing is pickled, so opening a
+stranger's run folder executes none of the stranger's code.
+"""
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something that the user can put right; the message says what is wrong and what to do."""
+
+
+def run_cli(main):
+    """Call `main()`; a `UserError` becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(fail(error))
+    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def fail(error):
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def whole_file(path):
+    """Yield a temporary path beside `path`; rename it to `path` if the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: not JSON ({error}); delete it to start anew") from None
+
+
+def write_tensors(path, tensors, info):
+    """Save a dict of tensors and, in the header of the same file, a JSON-able dict `info`."""
+    from safetensors.torch import save_file
+
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as temporary:
+        save_file(flat, temporary, metadata={"info": json.dumps(info)})
+
+
+def read_tensors(path, device="cpu"):
+    """Return `(tensors, info)` as `write_tensors` saved them; `UserError` if that cannot be."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            info = json.loads((file.metadata() or {})["info"])
+            return {name: file.get_tensor(name) for name in file.keys()}, info
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except KeyError:
+        raise UserError(f"{path} was not written by train.py: its header has no 'info'") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged or cut short ({error}); delete it to train that part anew"
+        ) from None

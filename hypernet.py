@@ -1,0 +1,136 @@
+"""The method: statistics of a cluster in, a low-rank update of the LM head out.
+
+ChameleonLLM (Yuksel & Sawaf 2025, sections 3.2 and 3.3): the requests of a cluster are summed up
+by the mean of their token embeddings, and a small network turns that mean into the factors of a
+LoRA update for the LM head, made for this cluster and thrown away after it.
+
+    tokens (N, P) -> statistics (K, C) -> A (K, r, C), B (K, V, r) -> logits W h + scale B A h
+
+Departures from the paper's public code: the mean is taken over prompt tokens only, never over
+tokens that are to be predicted; statistics are standardised before the network (a mean of
+embeddings is tiny); and the network starts as plain LoRA, A random and B zero, whatever the
+statistic, so that the first logits are the frozen head's.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import LMHead, lora_factors
+
+
+def batch_statistics(embeddings, mask, cluster):
+    """Mean embedding of each cluster's tokens.
+
+    embeddings (B, T, C); mask (B, T), the tokens that count, or how often each does; cluster (B,)
+    with values from 0 to K - 1 -> (K, C). Clusters of long requests and short ones weigh every
+    token alike. A cluster without a token gets zeros.
+    """
+    weight = mask.to(embeddings.dtype)
+    K = int(cluster.max()) + 1
+    rows = torch.einsum("btc,bt->bc", embeddings, weight)  # (B, T, C), (B, T) -> (B, C)
+    total = rows.new_zeros(K, rows.shape[1]).index_add_(0, cluster, rows)  # (K, C)
+    count = weight.new_zeros(K).index_add_(0, cluster, weight.sum(dim=1))  # (K,)
+    return total / count.clamp(min=1)[:, None]
+
+
+class HyperNetwork(nn.Module):
+    """C -> 64 -> 32 -> n_out, two GELUs between (section 3.3); the paper's only network.
+
+    64 C + 64 + 64 * 32 + 32 + 33 n_out parameters: the output layer is nearly all of them.
+    """
+
+    def __init__(self, n_in, n_out, hidden=(64, 32)):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(n_in, hidden[0]),
+            nn.GELU(),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.GELU(),
+            nn.Linear(hidden[1], n_out),
+        )
+
+    def forward(self, statistics):
+        return self.layers(statistics)  # (K, C) -> (K, n_out)
+
+
+class ChameleonHead(LMHead):
+    """logits = W h + (alpha / rank) U(s) A(s) h, where s is the statistic of h's cluster.
+
+    form "full" (the paper's): U = B (V, r) is written out by the network, whose output layer has
+        33 r (C + V) parameters. With C = 768, V = 50,257 and r = 4 the network has 6,786,596, 33
+        times the 204,100 of LoRA on the head.
+    form "light": U = W P with P (C, r) written by the network, 33 r (2 C) parameters in its
+        output layer, whatever the vocabulary: 254,048 in all at the same sizes. The update can
+        then only move h within the space that W reads, W (h + scale P A h).
+
+    `center` and `spread` (C,) standardise the statistic and `centroids` (K, C) are the training
+    clusters; all three are measured on the training prompts and kept with the weights.
+    """
+
+    needs_statistics = True
+
+    def __init__(self, weight, rank, alpha, form="full", n_clusters=1):
+        super().__init__(weight)
+        V, C = weight.shape
+        if form not in ("full", "light"):
+            raise ValueError(f"form must be full or light, not {form}")
+        self.rank, self.scale, self.form = rank, alpha / rank, form
+        self.n_out = V if form == "full" else C  # rows of the second factor
+        self.hypernetwork = HyperNetwork(C, rank * (C + self.n_out))
+        self.hypernetwork.to(weight.device)
+        for name, shape in (("center", (C,)), ("spread", (C,)), ("centroids", (n_clusters, C))):
+            self.register_buffer(name, torch.zeros(shape, device=weight.device))
+        # Start as LoRA does: the last layer's bias is A, random, and B, zero; its weights, which
+        # make both depend on the statistic, are zero and learn from the second step on.
+        A, _ = lora_factors(C, self.n_out, rank, weight.device)
+        last = self.hypernetwork.layers[-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        with torch.no_grad():
+            last.bias[: A.numel()] = A.flatten()
+
+    def factors(self, statistics):
+        """A (K, r, C), and B (K, V, r) or, in the light form, P (K, C, r), of statistics (K, C)."""
+        K, C = statistics.shape
+        standard = (statistics - self.center) / self.spread.clamp(min=1e-6)
+        out = self.hypernetwork(standard)  # (K, C) -> (K, r C + r V)
+        A, B = out.split([self.rank * C, self.rank * self.n_out], dim=1)
+        return A.view(K, self.rank, C), B.view(K, self.n_out, self.rank)
+
+    def forward(self, hidden, statistics, cluster):
+        A, B = self.factors(statistics)
+        z = torch.bmm(hidden, A[cluster].mT)  # (B, T, C) @ (B, C, r) -> (B, T, r)
+        update = self.scale * torch.bmm(z, B[cluster].mT)  # (B, T, r) @ (B, r, V or C)
+        if self.form == "light":
+            return F.linear(hidden + update, self.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
+        return F.linear(hidden, self.weight) + update  # (B, T, V)
+
+
+class Prompts:
+    """What clustering and statistics see of N examples: each one's mean embedding and length.
+
+    mean (N, C) and count (N,), of the tokens in `scope`: "prompt", or "full" (it leaks; see
+    `Examples.prompts`). Summed up once, so that drawing a batch anew costs no embedding look-up.
+    """
+
+    @torch.no_grad()
+    def __init__(self, examples, embedding, scope="prompt", chunk=1024):
+        device = embedding.weight.device
+        means, counts = [], []
+        for rows in torch.arange(len(examples)).split(chunk):
+            tokens, mask = (t.to(device) for t in examples.prompts(rows, scope))
+            own = torch.arange(len(rows), device=device)
+            means.append(batch_statistics(embedding(tokens), mask, own))
+            counts.append(mask.sum(dim=1))
+        self.mean, self.count = torch.cat(means).float(), torch.cat(counts)
+
+    def features(self, center):
+        """What k-means clusters: mean embeddings, less the corpus's, on the unit sphere (N, C)."""
+        return F.normalize(self.mean - center, dim=1)
+
+    def statistics(self, cluster, index=None):
+        """Statistics (K, C) of clusters made of all examples, or of those in `index` (B,)."""
+        mean, count = (self.mean, self.count) if index is None else (
+            self.mean[index], self.count[index])
+        return batch_statistics(mean[:, None], count[:, None], cluster)

@@ -1,0 +1,323 @@
+"""A GPT-2-shaped language model, and LoRA by hand.
+
+The model is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions, tanh GELU, an LM
+head tied to the token embedding. Parameters carry the names of the published checkpoints.
+LoRA (Hu et al. 2021) follows section 4.1 of its paper: the frozen W gets a trained low-rank
+companion, W + (alpha / rank) B A, with A random and B zero, so that training starts at W.
+
+Departures from GPT-2: no dropout inside attention (on a CPU it switches off the fast attention
+kernel), and weights are stored (out, in) as torch does.
+
+Dimension key, for the whole project:
+    B  sequences in a batch          C  n_embd, width of the model     r  LoRA rank
+    T  tokens in a sequence          V  vocabulary                     K  clusters
+    P  prompt tokens                 H  attention heads                N  examples in a data set
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a GPT; `dropout` acts on the embedding and on each residual branch."""
+
+    block_size: int = 256
+    vocab_size: int = 4096
+    n_layer: int = 4
+    n_head: int = 6
+    n_embd: int = 192
+    dropout: float = 0.0
+
+
+# The vocabulary comes from the tokenizer. "gpt2" is the published 124M model.
+SIZES = {
+    "nano": dict(n_layer=4, n_head=6, n_embd=192, block_size=256),
+    "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=512),
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None, mask=None):
+        B, T, C = x.shape
+        # (B, T, 3C) -> 3 x (B, H, T, C/H)
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, all tokens so far, C/H)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, C/H) -> (B, T, C)
+        return self.dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, C) -> (B, T, 4C)
+        return self.dropout(self.c_proj(x))  # (B, T, 4C) -> (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class LMHead(nn.Module):
+    """logits = W h. Every head of the project is called as this one is.
+
+    hidden (B, T, C), statistics (K, C) and cluster (B,) -> logits (B, T, V). `statistics` holds
+    one row per cluster and `cluster` names each sequence's row; a static head ignores both.
+    """
+
+    needs_statistics = False
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight  # (V, C), the token embedding itself
+
+    def forward(self, hidden, statistics=None, cluster=None):
+        return F.linear(hidden, self.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
+
+
+class LoRAHead(LMHead):
+    """logits = W h + (alpha / rank) B A h, with A (r, C) and B (V, r) trained, W frozen.
+
+    rank * (C + V) parameters. It cannot be merged: W is also the token embedding, and adding the
+    update to it would change what the model reads, not only what it predicts.
+    """
+
+    def __init__(self, weight, rank, alpha):
+        super().__init__(weight)
+        V, C = weight.shape
+        self.scale = alpha / rank
+        self.lora_A, self.lora_B = lora_factors(C, V, rank, weight.device)
+
+    def forward(self, hidden, statistics=None, cluster=None):
+        z = F.linear(hidden, self.lora_A)  # (B, T, C) @ (C, r) -> (B, T, r)
+        update = F.linear(z, self.lora_B)  # (B, T, r) @ (r, V) -> (B, T, V)
+        return super().forward(hidden) + self.scale * update
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer; `lm_head` may be exchanged for any head with LMHead's call."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd),
+            )
+        )
+        self.lm_head = LMHead(self.transformer.wte.weight)
+        self.apply(self._init)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # 2 n_layer branches add up: keep their sum's scale
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def hidden(self, tokens, cache=None, pad=None):
+        """Last hidden states (B, T, C) of token ids (B, T).
+
+        `cache` is a list of one `KVCache` per layer; tokens then continue what it holds. `pad`
+        (B,) counts the padding tokens at the left of each sequence, which nothing attends to.
+        """
+        B, T = tokens.shape
+        past = cache[0].length if cache else 0
+        position = torch.arange(past, past + T, device=tokens.device)  # (T,)
+        mask = None
+        if pad is not None:
+            # A padding query may see itself: a row of nothing but masked keys would be NaN.
+            key = torch.arange(past + T, device=tokens.device)
+            causal = key <= position[:, None]  # (T, past + T)
+            real = (key >= pad[:, None, None]) | (key == position[:, None])  # (B, T, past + T)
+            mask = (causal & real)[:, None]  # (B, 1, T, past + T)
+            position = (position - pad[:, None]).clamp(min=0)  # (B, T)
+        elif past:
+            raise ValueError("continuing from a cache needs pad (zeros if nothing is padded)")
+        x = self.transformer.wte(tokens) + self.transformer.wpe(position)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cache[layer] if cache else None, mask)
+        return self.transformer.ln_f(x)
+
+    def forward(self, tokens, statistics=None, cluster=None):
+        """Logits (B, T, V) of token ids (B, T); statistics and cluster as in `LMHead`."""
+        return self.lm_head(self.hidden(tokens), statistics, cluster)
+
+
+# ---------------------------------------------------------------------------------------- LoRA
+
+
+def lora_factors(n_in, n_out, rank, device=None):
+    """A (rank, n_in) random, B (n_out, rank) zero: their product starts at zero."""
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    A = nn.Parameter(torch.empty(rank, n_in, device=device))
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    return A, nn.Parameter(torch.zeros(n_out, rank, device=device))
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its update: y = W x + b + (alpha / rank) B A x.
+
+    Takes over the parameters of `linear`, under the same names. rank * (in + out) parameters
+    are trained.
+    """
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.weight = linear.weight.requires_grad_(False)  # (out, in)
+        self.bias = linear.bias.requires_grad_(False)  # (out,)
+        self.scale = alpha / rank
+        self.merged = False
+        n_out, n_in = linear.weight.shape
+        self.lora_A, self.lora_B = lora_factors(n_in, n_out, rank, linear.weight.device)
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)  # (..., in) -> (..., out)
+        if self.merged:
+            return y
+        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+    @torch.no_grad()
+    def set_merged(self, merged):
+        if merged != self.merged:
+            sign = 1 if merged else -1
+            self.weight += sign * self.scale * (self.lora_B @ self.lora_A)  # (out, r) @ (r, in)
+            self.merged = merged
+
+
+def add_lora(model, rank, alpha):
+    """Freeze `model` and put a `LoRALinear` in place of each linear layer of its transformer.
+
+    The LM head and the embeddings stay as they are. Raises ValueError if no layer matches.
+    """
+    model.requires_grad_(False)
+    found = [
+        (parent, name, child)
+        for parent in model.transformer.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+    if not found:
+        raise ValueError("add_lora found no linear layer (has the model LoRA already?)")
+    for parent, name, linear in found:
+        setattr(parent, name, LoRALinear(linear, rank, alpha))
+    return model
+
+
+def merge_lora(model, merged=True):
+    """Add each LoRA update of the transformer to its weight, for speed; twice is once.
+
+    The weights hold the update afterwards, so this is never done in passing: not by train() or
+    eval(), and not to the head (see `LoRAHead`).
+    """
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.set_merged(merged)
+
+
+def unmerge_lora(model):
+    """Undo `merge_lora`, up to rounding; twice is once."""
+    merge_lora(model, merged=False)
+
+
+# ---------------------------------------------------------------------------------- generation
+
+
+class KVCache:
+    """Keys and values of one layer, (B, H, up to max_length, C/H) each."""
+
+    def __init__(self, max_length):
+        self.length, self.max_length, self.k, self.v = 0, max_length, None, None
+
+    def append(self, k, v):
+        if self.k is None:
+            B, H, _, D = k.shape
+            self.k, self.v = (k.new_empty(B, H, self.max_length, D) for _ in range(2))
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, temperature=0.0,
+             top_k=None, stop_token=None, generator=None, use_cache=True):
+    """Continue each prompt; returns a list of lists of new token ids.
+
+    prompts: B lists of token ids, of any lengths; statistics (K, C) and cluster (B,) as in
+    `LMHead`. temperature 0 takes the most likely token; otherwise one is drawn, with
+    `generator`, from the `top_k` most likely at that temperature. A sequence ends before
+    `stop_token`, after max_new_tokens, or where the context is full. Raises ValueError for an
+    empty prompt and for one that fills the context.
+    """
+    device = next(model.parameters()).device
+    context = model.config.block_size
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) == 0:
+        raise ValueError("an empty prompt cannot be continued")
+    if longest >= context:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room in a context of {context}")
+    # Prompts are padded at the left, so that all sequences grow at the right together.
+    pad = torch.tensor([longest - len(p) for p in prompts], device=device)
+    tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    total = min(longest + max_new_tokens, context)
+    cache = [KVCache(total) for _ in model.transformer.h] if use_cache else None
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    new = tokens
+    while tokens.shape[1] < total and not done.all():
+        hidden = model.hidden(new if use_cache else tokens, cache, pad)
+        logits = model.lm_head(hidden[:, -1:], statistics, cluster)[:, 0].float()  # (B, V)
+        if temperature == 0:
+            new = logits.argmax(dim=1, keepdim=True)  # (B, 1)
+        else:
+            if top_k is not None:
+                kept = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kept, -math.inf)
+            new = torch.multinomial((logits / temperature).softmax(dim=1), 1, generator=generator)
+        if stop_token is not None:
+            done |= new[:, 0] == stop_token
+        tokens = torch.cat([tokens, new], dim=1)
+    continuations = tokens[:, longest:].tolist()
+    if stop_token is None:
+        return continuations
+    return [c[: c.index(stop_token)] if stop_token in c else c for c in continuations]
