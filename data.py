@@ -84,14 +84,12 @@ def open_text(path):
 def read_lines(path):
     """Lines with their newline. Only "\\n" ends a line: WikiText has Unicode separators in it."""
     with open_text(path) as file:
-        number = 0
         try:
-            for number, line in enumerate(file, 1):
-                yield line
+            yield from file
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{path}, after line {number}: not UTF-8 ({error.reason}); convert it first, "
-                f"e.g. iconv -f latin1 -t utf-8"
+                f"{path} is not UTF-8 ({error.reason}); convert it first, e.g. with: "
+                f"iconv -f latin1 -t utf-8"
             ) from None
 
 
@@ -241,8 +239,8 @@ class Corpus:
         self._limits = [ordered[i] for i in (held_out, 2 * held_out)] if len(keys) > 2 else None
         if keys and not self._limits:
             raise UserError(
-                f"--dataset {dataset}: {len(keys)} documents with text; it takes at least 3 to have "
-                f"one each for training, validation and test"
+                f"--dataset {dataset}: {len(keys)} documents with text; at least 3 are needed, one "
+                f"each for training, validation and test"
             )
 
     def documents(self, split):

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from cluster import assign, kmeans
 from model import LMHead, lora_factors
 
 
@@ -89,6 +90,28 @@ class ChameleonHead(LMHead):
         nn.init.zeros_(last.bias)
         with torch.no_grad():
             last.bias[: A.numel()] = A.flatten()
+
+    def fit_clusters(self, prompts, k, generator):
+        """Cluster the training prompts, keep what inference needs; returns cluster (N,)."""
+        self.center.copy_(prompts.mean.mean(dim=0))
+        self.spread.copy_(prompts.mean.std(dim=0, correction=0))
+        found = kmeans(prompts.features(self.center), k, generator)
+        self.centroids.copy_(found.centroids)
+        return found.cluster
+
+    def group(self, prompts, k=None, generator=None):
+        """Cluster (N,) of new requests, and the statistics (K, C) of those clusters.
+
+        With k, by k-means on the requests at hand (the paper's inference-time clusters); without,
+        by the nearest training centroid, which also serves a single request.
+        """
+        features = prompts.features(self.center)
+        if k is None:
+            cluster = assign(features, self.centroids)[0]
+        else:
+            cluster = kmeans(features, k, generator).cluster
+        cluster = cluster.unique(return_inverse=True)[1]  # number the clusters that have members
+        return cluster, prompts.statistics(cluster)
 
     def factors(self, statistics):
         """A (K, r, C), and B (K, V, r) or, in the light form, P (K, C, r), of statistics (K, C)."""

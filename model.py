@@ -159,7 +159,7 @@ class GPT(nn.Module):
         `cache` is a list of one `KVCache` per layer; tokens then continue what it holds. `pad`
         (B,) counts the padding tokens at the left of each sequence, which nothing attends to.
         """
-        B, T = tokens.shape
+        T = tokens.shape[1]
         past = cache[0].length if cache else 0
         position = torch.arange(past, past + T, device=tokens.device)  # (T,)
         mask = None

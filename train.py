@@ -1,0 +1,780 @@
+"""Train the base model, then one adapter after the other on the same frozen base.
+
+    python train.py                                   # the Python documentation, no network
+    python train.py --dataset wikitext2 --seeds 0,1,2
+    python train.py --resume --out runs/wikitext2     # go on after Ctrl-C, exactly
+
+Every method is trained on the same examples and scored by the same rule: the negative
+log-likelihood of the continuation's tokens, each predicted from what stands before it, summed and
+then divided by their number. The statistics that adapt a head come from prompt tokens alone.
+
+A run folder holds
+    config.json, tokenizer.json          what was asked for
+    base.safetensors                     the frozen base (best by validation loss)
+    adapters/NAME.safetensors            an adapter's weights, best by validation loss
+    adapters/NAME.last.safetensors       the same after its last step: the training has finished
+    *.state.safetensors                  an unfinished training: weights, optimizer, generators
+    metrics.jsonl                        one record per evaluation
+    cache/                               tokens, memory-mapped
+"""
+
+import argparse
+import copy
+import ctypes
+import hashlib
+import json
+import math
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from cluster import cluster_batches
+from data import IGNORE, Corpus, Tokenizer, load_examples
+from files import UserError, read_json, read_tensors, run_cli, write_json, write_tensors, write_text
+from hypernet import ChameleonHead, Prompts
+from model import GPT, SIZES, GPTConfig, LoRAHead, add_lora
+
+METHODS = ("frozen", "lora", "chameleon")
+LOGITS_BYTES = 1 << 28  # logits that exist at one time; more rows than that are taken in turns
+
+
+# ----------------------------------------------------------------------------------- arguments
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def whole(minimum):
+    def parse(text):
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum}, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def positive(text):
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return number
+
+
+def listed(choices):
+    def parse(text):
+        names = text.split(",")
+        for name in names:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(choices)}")
+        return list(dict.fromkeys(names))
+
+    return parse
+
+
+def seeds(text):
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be whole numbers like 0,1,2, not {text!r}")
+    return sorted({int(part) for part in text.split(",")})
+
+
+def make_parser():
+    parser = Parser(
+        "train.py",
+        description="Train a small GPT, then LoRA and ChameleonLLM adapters on top of it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--dataset", default="pydocs", help="pydocs (no network), wikitext2, wikitext2-raw, "
+        "alpaca, or a .txt, .json or .jsonl file, or a folder of them")
+    add("--data-dir", default="data", help="where data sets are looked for, and kept when fetched")
+    add("--out", help="run folder (default: runs/DATASET)")
+    add("--resume", action="store_true", help="go on with what --out holds, with its settings")
+    add("--methods", type=listed(METHODS), default=list(METHODS), metavar="M,M",
+        help=f"any of {','.join(METHODS)}")
+    add("--seeds", type=seeds, default=[0], metavar="N,N", help="one adapter of each method per "
+        "seed: initial values, batches, k-means; the base is always trained with seed 0")
+    add("--base", default="scratch", help="scratch, or another run's base.safetensors")
+    add("--size", choices=SIZES, help="of a base from scratch: nano 2.6M parameters, small 13M, "
+        "gpt2 124M, at their vocabularies; time grows in proportion (default: by device)")
+    add("--block-size", type=whole(4), metavar="T", help="tokens in a row: memory and time per "
+        "step grow in proportion, attention's with its square (default: by size)")
+    add("--tokenizer", choices=("bpe", "gpt2"), default="bpe",
+        help="bpe is trained on the training split")
+    add("--vocab-size", type=whole(257), default=4096, metavar="V", help="of bpe; the logits, "
+        "the largest tensor in training, grow in proportion")
+    add("--base-lr", type=positive, default=3e-3, help="peak learning rate of the base")
+    add("--base-epochs", type=positive, default=4.0, help="passes of the base over the data")
+    add("--dropout", type=float, default=0.0, help="in the base, on embedding and residuals")
+    add("--batch-size", type=whole(1), default=32, metavar="B", help="rows in a step and, on "
+        "average, in a cluster; halve it when memory runs out")
+    add("--lr", type=positive, default=1e-3, help="peak learning rate of the adapters")
+    add("--epochs", type=positive, default=1.0, help="passes of each adapter over the data")
+    add("--max-steps", type=whole(1), metavar="N", help="stop each training after N steps")
+    add("--evaluations", type=whole(1), default=8, help="validations per training; each takes "
+        "about as long as training on the validation split for a third of an epoch")
+    add("--rank", type=whole(1), default=4, metavar="r", help="of every low-rank update")
+    add("--alpha", type=positive, default=8.0, help="updates are scaled by alpha / rank")
+    add("--head-form", choices=("full", "light"), default="full", help="what the hyper-network "
+        "writes: full A and B (the paper's), or light, whose size ignores the vocabulary")
+    add("--clusters", type=whole(1), metavar="K", help="k-means clusters of the training prompts "
+        "(default: one per batch)")
+    add("--stat-scope", choices=("prompt", "full"), default="prompt", help="tokens behind the "
+        "statistics; full LEAKS the tokens to be predicted and is there to show how much")
+    add("--inference", choices=("fit", "assign"), default="fit", help="cluster held-out requests "
+        "by k-means among themselves, or by the nearest training centroid")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: the first "
+        "of cuda, mps, cpu that is there")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of matrix "
+        "products; bfloat16 halves their memory (auto: bfloat16 where it is fast)")
+    add("--compile", action="store_true", help="torch.compile: minutes to start, faster steps "
+        "on CUDA")
+    return parser
+
+
+def parse_args(argv):
+    """Arguments of this call; with --resume, those that the run folder remembers fill the gaps."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    args.out = args.out or f"runs/{Path(args.dataset).stem}"
+    if not 0 <= args.dropout < 1:
+        raise UserError(f"--dropout {args.dropout}: must be from 0 up to 1")
+    if args.resume:
+        if not (Path(args.out) / "config.json").exists():
+            raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
+        remembered = dict(read_json(Path(args.out) / "config.json")["args"])
+        parser.set_defaults(**remembered)
+        args = parser.parse_args(argv)
+    return args
+
+
+# -------------------------------------------------------------------------- device and numbers
+
+
+def choose_device(name):
+    """Device, and why."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, present in there.items() if present)
+        return torch.device(name), "the first of cuda, mps, cpu that is here"
+    if not there[name]:
+        raise UserError(f"--device {name}: this machine or this build of torch has none")
+    return torch.device(name), "asked for"
+
+
+def choose_dtype(name, device):
+    """Type of matrix products, and why. On a CPU it is measured: the instructions differ."""
+    if name != "auto":
+        return getattr(torch, name), "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has it"
+        return torch.float32, "this GPU has no bfloat16"
+    if device.type == "mps":
+        return torch.float32, "the safe choice on MPS"
+
+    def seconds(dtype):
+        a = torch.ones(1024, 1024, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    ratio = seconds(torch.float32) / seconds(torch.bfloat16)
+    dtype = torch.bfloat16 if ratio > 1.5 else torch.float32
+    return dtype, f"bfloat16 multiplies {ratio:.1f} times as fast as float32 here"
+
+
+def keep_freed_memory():
+    """Have glibc reuse large blocks instead of returning them to the system at every step.
+
+    Each step allocates the same blocks again, and fresh pages cost a page fault each: with this,
+    a nano step took 0.7 of its time (2-core CPU). Elsewhere than on glibc it does nothing.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        libc.mallopt(option, 1 << 30)
+    libc.mallopt(M_TOP_PAD, 1 << 28)
+
+
+def learning_rate(step, total, peak):
+    """Linear warm-up over the first 5% of `total` steps, then a cosine down to 10% of `peak`."""
+    warmup = max(1, round(0.05 * total))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+# ------------------------------------------------------------------------------------- scoring
+
+
+def row_losses(head, hidden, targets, statistics=None, cluster=None):
+    """Summed negative log-likelihood (B,) of each row's scored targets, in nats.
+
+    hidden (B, T, C), targets (B, T) with IGNORE where nothing is scored. The head is applied to
+    as many rows at a time as LOGITS_BYTES allows; in training the logits are then computed again
+    for the backward pass instead of being kept.
+    """
+    # Positions before the first scored one in any row need no logits: a quarter of running text.
+    first = int((targets != IGNORE).any(dim=0).int().argmax())
+    hidden, targets = hidden[:, first:], targets[:, first:]
+
+    def part(hidden, targets, cluster):
+        logits = head(hidden, statistics, cluster).float()  # (b, T, V)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
+        )
+        return losses.view(targets.shape).sum(dim=1)  # (b * T,) -> (b,)
+
+    rows = max(1, LOGITS_BYTES // (4 * targets.shape[1] * head.weight.shape[0]))
+    if cluster is None:
+        cluster = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
+    parts = list(zip(hidden.split(rows), targets.split(rows), cluster.split(rows), strict=True))
+    if len(parts) > 1 and torch.is_grad_enabled():
+        return torch.cat([checkpoint(part, *p, use_reentrant=False) for p in parts])
+    return torch.cat([part(*p) for p in parts])
+
+
+@torch.no_grad()
+def score(model, examples, batch_size, autocast, statistics=None, cluster=None, whole=False):
+    """Score every example: losses (N,) in nats, float64, and scored tokens (N,).
+
+    statistics (K, C) and cluster (N,) are the company that the examples keep: chosen for all of
+    them together, so that no result depends on `batch_size`.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    losses, counts = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
+    by_length = np.argsort(examples.length, kind="stable")  # little padding within a batch
+    for index in np.split(by_length, range(batch_size, len(examples), batch_size)):
+        tokens, targets = (t.to(device) for t in examples.batch(index, whole))
+        s, c = statistics, None
+        if cluster is not None:
+            used, c = cluster[torch.from_numpy(index).to(cluster.device)].unique(
+                return_inverse=True)
+            s = statistics[used]
+        with autocast:
+            rows = row_losses(model.lm_head, model.hidden(tokens), targets, s, c)
+        losses[index] = rows.double().cpu().numpy()
+        counts[index] = (targets != IGNORE).sum(dim=1).cpu().numpy()
+    return losses, counts
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+@contextmanager
+def interruptible():
+    """Yield a function that says whether Ctrl-C or SIGTERM has come; a second one acts at once."""
+    came = []
+
+    def note(number, frame):
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+        print("\nstopping after this step ...", file=sys.stderr)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Run:
+    """A run folder and what it takes to train or score in it."""
+
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    tokenizer: Tokenizer
+    examples: dict  # split -> Examples
+    base: GPT | None = None
+    base_fingerprint: str = ""
+
+    @property
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def weights(model):
+    """What a checkpoint holds: the trained parameters, and a chameleon head's buffers."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained | dict(model.named_buffers())
+
+
+@torch.no_grad()
+def load_weights(model, tensors, path):
+    wanted = weights(model)
+    if wanted.keys() != tensors.keys() or any(
+        wanted[name].shape != tensor.shape for name, tensor in tensors.items()
+    ):
+        odd = sorted(wanted.keys() ^ tensors.keys()) or [
+            f"{n} {tuple(t.shape)}" for n, t in tensors.items() if t.shape != wanted[n].shape
+        ]
+        raise UserError(f"{path} does not fit this model ({odd[0]}); it is from another setting")
+    for name, tensor in tensors.items():
+        wanted[name].copy_(tensor)
+
+
+def parameter_groups(model):
+    """AdamW's groups. A base decays its matrices; adapters are small and decay nothing."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if any("lora_" in name for name, _ in trained):
+        groups = {
+            "LoRA in the transformer": [p for n, p in trained if not n.startswith("lm_head")],
+            f"{type(model.lm_head).__name__}": [p for n, p in trained if n.startswith("lm_head")],
+        }
+        return [dict(name=n, params=ps, weight_decay=0.0) for n, ps in groups.items()]
+    return [
+        dict(name="matrices", params=[p for _, p in trained if p.dim() > 1], weight_decay=0.1),
+        dict(name="biases and norms", params=[p for _, p in trained if p.dim() == 1],
+             weight_decay=0.0),
+    ]
+
+
+def append_record(path, record):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def drop_records(path, method, seed, after):
+    """Remove the records of a training that a resumed run is about to write again."""
+    if not path.exists():
+        return
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    kept = [r for r in records if (r["method"], r["seed"]) != (method, seed) or r["step"] <= after]
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def fit(run, path, model, plan, batches, batch_loss, evaluate):
+    """Train `model`'s trainable parameters; best weights go to `path`, and are loaded at the end.
+
+    plan: JSON of everything that shapes the training, among it method, seed, lr, steps and
+    evaluations; batches(epoch) -> index tensors; batch_loss(index) -> summed loss and number of
+    scored tokens; evaluate() -> {"nll_sum", "n_tokens", "loss"} on the validation split.
+    """
+    state_path = path.with_suffix(".state.safetensors")
+    last_path = path.with_suffix(".last.safetensors")
+    name, total = path.stem, plan["steps"]
+    groups = parameter_groups(model)
+    optimizer = torch.optim.AdamW(
+        groups, betas=(0.9, 0.95), fused=run.device.type in ("cpu", "cuda"))
+    names = [n for g in groups for p in g["params"] for n, q in model.named_parameters() if p is q]
+    parameters = [p for g in groups for p in g["params"]]
+    for group in groups:
+        count = sum(p.numel() for p in group["params"])
+        print(f"  {name}: {count:,} parameters, {group['name']}, weight decay "
+              f"{group['weight_decay']}")
+    done = {"step": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}
+    if state_path.exists():
+        tensors, info = read_tensors(state_path)
+        done = info["done"]
+        load_weights(model, under(tensors, "model."), state_path)
+        first, second = under(tensors, "exp_avg."), under(tensors, "exp_avg_sq.")
+        optimizer.load_state_dict({
+            "state": {
+                i: {"step": torch.tensor(float(done["step"])), "exp_avg": first[n],
+                    "exp_avg_sq": second[n]}
+                for i, n in enumerate(names)
+            },
+            "param_groups": optimizer.state_dict()["param_groups"],
+        })
+        set_generators(under(tensors, "generator."))
+        print(f"  {name}: going on from step {done['step']} of {total}")
+    drop_records(run.folder / "metrics.jsonl", plan["method"], plan["seed"], done["step"])
+
+    def save_state():
+        moments = {
+            f"{key}.{n}": optimizer.state[p][key]
+            for n, p in zip(names, parameters, strict=True)
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+        current = {f"model.{n}": tensor for n, tensor in weights(model).items()}
+        generators = {f"generator.{n}": tensor for n, tensor in get_generators().items()}
+        write_tensors(state_path, current | moments | generators, {"plan": plan, "done": done})
+
+    evaluate_at = {round(total * (i + 1) / plan["evaluations"]) for i in range(plan["evaluations"])}
+    epoch, epoch_batches = None, []
+    bar = tqdm(total=total, initial=done["step"], desc=name, unit="step", disable=None)
+    with interruptible() as stopped, bar:
+        while done["step"] < total:
+            started = time.perf_counter()
+            if done["step"] // plan["steps_per_epoch"] != epoch:
+                epoch = done["step"] // plan["steps_per_epoch"]
+                epoch_batches = batches(epoch)
+            index = epoch_batches[done["step"] % plan["steps_per_epoch"]]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(done["step"], total, plan["lr"])
+            model.train()
+            nll, n_tokens = batch_loss(index)
+            loss = nll / n_tokens
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done["step"] += 1
+            done["tokens"] += int(run.examples["train"].length[index].sum())
+            if done["step"] % 10 == 0:  # reading the loss waits for the device
+                if not math.isfinite(loss.item()):
+                    raise UserError(f"{name}: the loss is {loss.item()} at step {done['step']}; "
+                                    f"lower --lr (--base-lr for the base)")
+                bar.set_postfix_str(f"loss {loss.item():.3f}, "
+                                    f"{done['tokens'] / done['seconds']:,.0f} tokens/s")
+            done["seconds"] += time.perf_counter() - started
+            bar.update()
+            if done["step"] in evaluate_at:
+                result = evaluate()
+                at = {k: done[k] for k in ("step", "tokens")}
+                append_record(run.folder / "metrics.jsonl", {
+                    "method": plan["method"], "seed": plan["seed"], **at, "split": "validation",
+                    **result})
+                bar.write(f"{name}: step {done['step']}/{total}, validation loss "
+                          f"{result['loss']:.4f}")
+                if result["loss"] < done["best"]:
+                    done["best"] = result["loss"]
+                    write_tensors(path, weights(model), {"plan": plan, "done": done})
+                save_state()
+            elif stopped():
+                save_state()
+            if stopped() and done["step"] < total:
+                raise KeyboardInterrupt
+    write_tensors(last_path, weights(model), {"plan": plan, "done": done})
+    state_path.unlink()
+    load_weights(model, read_tensors(path, run.device)[0], path)
+
+
+def under(tensors, prefix):
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def get_generators():
+    """States of the generators that dropout draws from; batches have generators of their own."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_generators(states):
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def is_finished(path, plan, resume):
+    """Whether `path` is trained already. Raises rather than overwrite what `plan` did not make."""
+    state_path = path.with_suffix(".state.safetensors")
+    finished = path.with_suffix(".last.safetensors").exists()
+    for existing in (path, state_path):
+        if existing.exists():
+            made_with = read_tensors(existing)[1]["plan"]
+            for key in plan:
+                if made_with.get(key) != plan[key]:
+                    raise UserError(
+                        f"{existing} was made with {key} = {made_with.get(key)}, not {plan[key]}; "
+                        f"choose another --out, or delete that file"
+                    )
+    if state_path.exists() and not finished and not resume:
+        raise UserError(
+            f"{state_path} is an interrupted training; add --resume to go on with it, choose "
+            f"another --out, or delete that file"
+        )
+    return finished
+
+
+def plan_steps(n_examples, batch_size, epochs, max_steps, evaluations):
+    per_epoch = -(-n_examples // batch_size)
+    steps = max(1, round(epochs * per_epoch))
+    steps = min(steps, max_steps or steps)
+    return {"steps": steps, "steps_per_epoch": per_epoch, "evaluations": min(evaluations, steps)}
+
+
+def shuffled(n_examples, batch_size, seed, epoch, cluster=None):
+    """Batches of one epoch, the same for the same seed and epoch: nothing to save for resuming."""
+    generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + epoch)
+    if cluster is None:
+        cluster = torch.zeros(n_examples, dtype=torch.int64)
+    return cluster_batches(cluster, batch_size, generator)
+
+
+# -------------------------------------------------------------------------------- base, adapters
+
+
+def fingerprint(model):
+    digest = hashlib.sha256(json.dumps(asdict(model.config)).encode())
+    for _, p in sorted(model.named_parameters()):
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def summed(losses, counts):
+    nll, n = float(losses.sum()), int(counts.sum())
+    return {"nll_sum": nll, "n_tokens": n, "loss": nll / n}
+
+
+def train_base(run, args, config):
+    """Train the base on whole rows, prompts included, unless the run folder has it already."""
+    path = run.folder / "base.safetensors"
+    train, validation = run.examples["train"], run.examples["validation"]
+    plan = {
+        "method": "base", "seed": 0, "lr": args.base_lr, "batch_size": args.batch_size,
+        "tokenizer": run.tokenizer.fingerprint, "config": asdict(config),
+        **plan_steps(len(train), args.batch_size, args.base_epochs, args.max_steps,
+                     args.evaluations),
+    }
+    torch.manual_seed(0)
+    model = GPT(config).to(run.device)
+    if path.with_suffix(".last.safetensors").exists():
+        tensors, info = read_tensors(path, run.device)
+        load_weights(model, tensors, path)
+        print(f"base: {path}, trained before for {info['done']['step']} steps")
+        return model
+    is_finished(path, plan, args.resume)
+    if args.compile:
+        compile_blocks(model)
+
+    def batch_loss(index):
+        tokens, targets = (t.to(run.device) for t in train.batch(index, whole=True))
+        with run.autocast:
+            rows = row_losses(model.lm_head, model.hidden(tokens), targets)
+        return rows.sum(), (targets != IGNORE).sum()
+
+    def evaluate():
+        return summed(*score(model, validation, args.batch_size, run.autocast, whole=True))
+
+    fit(run, path, model, plan, lambda epoch: shuffled(len(train), args.batch_size, 0, epoch),
+        batch_loss, evaluate)
+    return model
+
+
+def compile_blocks(model):
+    """In place: state_dict keys stay as they are, and all blocks share one compilation."""
+    for block in model.transformer.h:
+        block.compile()
+
+
+def adapt(base, method, rank, alpha, head_form="full", n_clusters=1):
+    """A copy of the frozen base with untrained adapters: its logits are still the base's."""
+    model = copy.deepcopy(base).requires_grad_(False)
+    if method == "frozen":
+        return model
+    add_lora(model, rank, alpha)
+    weight = model.transformer.wte.weight
+    if method == "lora":
+        model.lm_head = LoRAHead(weight, rank, alpha)
+    else:
+        model.lm_head = ChameleonHead(weight, rank, alpha, head_form, n_clusters)
+    return model
+
+
+class Company:
+    """Who shares a statistic with whom, in one split, for one chameleon head."""
+
+    def __init__(self, head, examples, embedding, scope):
+        self.head, self.examples = head, examples
+        self.prompts = Prompts(examples, embedding, scope)
+
+    def at_inference(self, how, cluster_size, seed):
+        """Statistics (K, C) and cluster (N,) of held-out examples, as requests come in."""
+        generator = torch.Generator().manual_seed(seed)
+        k = max(1, round(len(self.examples) / cluster_size)) if how == "fit" else None
+        cluster, statistics = self.head.group(self.prompts, k, generator)
+        return {"statistics": statistics, "cluster": cluster}
+
+
+def train_adapter(run, args, method, seed):
+    """Train one adapter on the continuations of the training split; best and last are kept."""
+    path = run.folder / "adapters" / f"{method}-seed{seed}.safetensors"
+    train, validation = run.examples["train"], run.examples["validation"]
+    plan = {
+        "method": method, "seed": seed, "base": run.base_fingerprint, "rank": args.rank,
+        "alpha": args.alpha, "lr": args.lr, "batch_size": args.batch_size,
+        **plan_steps(len(train), args.batch_size, args.epochs, args.max_steps, args.evaluations),
+    }
+    if method == "chameleon":
+        k = args.clusters or -(-len(train) // args.batch_size)
+        plan |= {"head_form": args.head_form, "clusters": k, "stat_scope": args.stat_scope,
+                 "inference": args.inference, "cluster_size": len(train) / k}
+    if is_finished(path, plan, args.resume):
+        print(f"{path.stem}: trained before")
+        return
+    torch.manual_seed(seed)
+    model = adapt(run.base, method, args.rank, args.alpha, args.head_form, plan.get("clusters"))
+    if args.compile:
+        compile_blocks(model)
+    company, cluster = {}, None
+    prompts = None
+    if method == "chameleon":
+        embedding = model.transformer.wte
+        prompts = Prompts(train, embedding, args.stat_scope)
+        cluster = model.lm_head.fit_clusters(
+            prompts, plan["clusters"], torch.Generator().manual_seed(seed)).cpu()
+        company = Company(model.lm_head, validation, embedding, args.stat_scope).at_inference(
+            args.inference, plan["cluster_size"], seed)
+
+    def batch_loss(index):
+        tokens, targets = (t.to(run.device) for t in train.batch(index))
+        statistics = mates = None
+        if prompts is not None:
+            mates = cluster[index].unique(return_inverse=True)[1].to(run.device)  # (B,)
+            statistics = prompts.statistics(mates, index.to(run.device))  # of this batch's members
+        with run.autocast:
+            rows = row_losses(model.lm_head, model.hidden(tokens), targets, statistics, mates)
+        return rows.sum(), (targets != IGNORE).sum()
+
+    def evaluate():
+        return summed(*score(model, validation, args.batch_size, run.autocast, **company))
+
+    fit(run, path, model, plan,
+        lambda epoch: shuffled(len(train), args.batch_size, seed, epoch, cluster),
+        batch_loss, evaluate)
+
+
+# ---------------------------------------------------------------------------------------- main
+
+
+# Settings that a run folder has once; a later call into the same folder must agree with them.
+ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "base_lr",
+        "base_epochs", "dropout")
+
+
+def open_run(folder, device, dtype):
+    """Open a finished or half-finished run for scoring: data, tokenizer and frozen base."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no run (no config.json); train one with: python train.py")
+    config = read_json(folder / "config.json")
+    args = argparse.Namespace(**config["args"])
+    corpus = Corpus(args.dataset, args.data_dir)
+    if corpus.fingerprint != config["data"]:
+        raise UserError(f"{folder} was trained on another text than {args.dataset} has now in "
+                        f"{args.data_dir}; put the old text back, or train anew")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    examples = load_examples(corpus, tokenizer, args.block_size, folder / "cache")
+    run = Run(folder, device, dtype, tokenizer, examples)
+    tensors, info = read_tensors(folder / "base.safetensors")
+    run.base = GPT(GPTConfig(**info["plan"]["config"]))
+    load_weights(run.base, tensors, folder / "base.safetensors")
+    run.base.to(device).requires_grad_(False)
+    run.base_fingerprint = fingerprint(run.base)
+    return run, config
+
+
+def main(argv=None):
+    """Train what the arguments ask for; returns the run folder's path."""
+    args = parse_args(argv)
+    keep_freed_memory()
+    device, why_device = choose_device(args.device)
+    folder = Path(args.out)
+    before = read_json(folder / "config.json") if (folder / "config.json").exists() else None
+    dtype, why_dtype = choose_dtype(args.dtype, device)
+    args.dtype = str(dtype).removeprefix("torch.")  # so that a resumed run computes as before
+    print(f"device {device}: {why_device}; {args.dtype}: {why_dtype}")
+
+    base_from = None
+    if args.base != "scratch":
+        base_from = read_tensors(args.base)
+        config = GPTConfig(**base_from[1]["plan"]["config"])
+        if args.block_size and args.block_size > config.block_size:
+            raise UserError(f"--block-size {args.block_size}: the base has {config.block_size}")
+    else:
+        args.size = args.size or ("small" if device.type == "cuda" else "nano")
+        config = GPTConfig(**SIZES[args.size], dropout=args.dropout)
+    args.block_size = args.block_size or config.block_size
+    if before:
+        for key in ONCE:
+            if before["args"][key] != getattr(args, key):
+                flag = key.replace("_", "-")
+                raise UserError(
+                    f"{folder} is a run with --{flag} {before['args'][key]}, not "
+                    f"{getattr(args, key)}; choose another --out, or say the same"
+                )
+    elif folder.exists() and any(p.name != "cache" for p in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run; choose another --out")
+
+    corpus = Corpus(args.dataset, args.data_dir)
+    if corpus.dropped:
+        print(f"{corpus.dropped} records left out: their response is blank")
+    if before and before["data"] != corpus.fingerprint:
+        raise UserError(f"{folder} was trained on another text than {args.dataset} has now; "
+                        f"choose another --out")
+    if before:
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    elif base_from:
+        tokenizer = Tokenizer.load(Path(args.base).parent / "tokenizer.json")
+    elif args.tokenizer == "gpt2":
+        tokenizer = Tokenizer({"name": "gpt2"})
+    else:
+        texts = (d.prompt + d.text for d in corpus.documents("train"))
+        tokenizer = Tokenizer.train(texts, args.vocab_size)
+    if base_from and base_from[1]["plan"]["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"{args.base} was trained with another tokenizer than the one beside it")
+    examples = load_examples(corpus, tokenizer, args.block_size, folder / "cache")
+    for split, table in examples.items():
+        print(f"{split}: {len(table):,} examples, {table.length.sum():,} tokens, "
+              f"{(table.length - table.prompt).sum():,} of them scored")
+
+    # Everything has been checked: from here on the folder is written to.
+    tokenizer.save(folder / "tokenizer.json")
+    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device")}
+    write_json(folder / "config.json", {
+        "args": settings, "data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint,
+        "torch": torch.__version__,
+    })
+    run = Run(folder, device, dtype, tokenizer, examples)
+    try:
+        if base_from:
+            path = folder / "base.safetensors"
+            run.base = GPT(config).to(device)
+            load_weights(run.base, base_from[0], args.base)
+            write_tensors(path, *base_from)
+        else:
+            config.block_size, config.vocab_size = args.block_size, tokenizer.vocab_size
+            run.base = train_base(run, args, config)
+        run.base.requires_grad_(False)
+        run.base_fingerprint = fingerprint(run.base)
+        for seed in args.seeds:
+            for method in args.methods:
+                if method != "frozen":
+                    train_adapter(run, args, method, seed)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: python train.py --resume --out {folder}", file=sys.stderr)
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        raise UserError("out of memory; halve --batch-size or --block-size, or take a smaller "
+                        "--size or --vocab-size") from None
+    print(f"done; the table and the figures: python eval.py {folder}")
+    return folder
+
+
+if __name__ == "__main__":
+    run_cli(main)
