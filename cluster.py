@@ -1,8 +1,9 @@
 """k-means in plain torch, and the batches that it leads to.
 
-The paper (section 3.2) groups the requests at hand by k-means on their token embeddings. This is
-Lloyd's algorithm from greedy k-means++ seeds (Arthur & Vassilvitskii 2007), on any device, with
-memory bounded by an argument instead of growing with N x K.
+ChameleonLLM groups the requests at hand by k-means on their token embeddings (arXiv 2502.04315).
+This is Lloyd's algorithm from greedy k-means++ seeds (Arthur & Vassilvitskii 2007), on any device,
+with memory bounded by an argument instead of growing with N x K. The published code differs: random
+seeds, always ten steps, and batches that are drawn once and then stay the same.
 """
 
 import math
@@ -47,10 +48,11 @@ def assign(points, centroids, max_bytes=1 << 26):
 def seed_centroids(points, k, generator):
     """Greedy k-means++: each new seed is the best of a few points, drawn by squared distance.
 
-    points (N, C) -> (k, C). The few are 2 + ln k, as scikit-learn has it.
+    points (N, C) -> (k, C). The few are 2 + 4 ln k; scikit-learn's 2 + ln k more often leaves one
+    of many well-separated groups without a seed.
     """
     N = len(points)
-    trials = 2 + int(math.log(k))
+    trials = 2 + int(4 * math.log(k))
     first = torch.randint(N, (1,), generator=generator, device=generator.device).to(points.device)
     chosen = [first]
     nearest = (points - points[first]).square().sum(dim=1)  # (N,) distance to the closest seed

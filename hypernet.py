@@ -1,15 +1,16 @@
 """The method: statistics of a cluster in, a low-rank update of the LM head out.
 
-ChameleonLLM (Yuksel & Sawaf 2025, sections 3.2 and 3.3): the requests of a cluster are summed up
-by the mean of their token embeddings, and a small network turns that mean into the factors of a
-LoRA update for the LM head, made for this cluster and thrown away after it.
+ChameleonLLM (Yuksel & Sawaf 2025, arXiv 2502.04315; published code, class LoRALinearHyper): the
+requests of a cluster are summed up by a mean of their token embeddings, and a small network turns
+that mean into the factors of a LoRA update of the LM head, made for this cluster and then thrown
+away.
 
     tokens (N, P) -> statistics (K, C) -> A (K, r, C), B (K, V, r) -> logits W h + scale B A h
 
-Departures from the paper's public code: the mean is taken over prompt tokens only, never over
-tokens that are to be predicted; statistics are standardised before the network (a mean of
-embeddings is tiny); and the network starts as plain LoRA, A random and B zero, whatever the
-statistic, so that the first logits are the frozen head's.
+Departures from the published code: the mean is taken over prompt tokens only, never over tokens
+that are to be predicted; it weighs every token alike, not every request; statistics are
+standardised, which the network's dropout of 0.5 gives way to; and the network starts as plain
+LoRA, A random and B zero whatever the statistic, so that the first logits are the frozen head's.
 """
 
 import torch
@@ -36,7 +37,7 @@ def batch_statistics(embeddings, mask, cluster):
 
 
 class HyperNetwork(nn.Module):
-    """C -> 64 -> 32 -> n_out, two GELUs between (section 3.3); the paper's only network.
+    """C -> 64 -> 32 -> n_out with two ReLUs, as in the published code.
 
     64 C + 64 + 64 * 32 + 32 + 33 n_out parameters: the output layer is nearly all of them.
     """
@@ -45,9 +46,9 @@ class HyperNetwork(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(n_in, hidden[0]),
-            nn.GELU(),
+            nn.ReLU(),
             nn.Linear(hidden[0], hidden[1]),
-            nn.GELU(),
+            nn.ReLU(),
             nn.Linear(hidden[1], n_out),
         )
 

@@ -596,19 +596,27 @@ def adapt(base, method, rank, alpha, head_form="full", n_clusters=1):
     return model
 
 
-class Company:
-    """Who shares a statistic with whom, in one split, for one chameleon head."""
+def company(head, examples, embedding, plan, inference, control=None):
+    """Statistics (K, C) and cluster (N,) of held-out examples, as `score` takes them.
 
-    def __init__(self, head, examples, embedding, scope):
-        self.head, self.examples = head, examples
-        self.prompts = Prompts(examples, embedding, scope)
-
-    def at_inference(self, how, cluster_size, seed):
-        """Statistics (K, C) and cluster (N,) of held-out examples, as requests come in."""
-        generator = torch.Generator().manual_seed(seed)
-        k = max(1, round(len(self.examples) / cluster_size)) if how == "fit" else None
-        cluster, statistics = self.head.group(self.prompts, k, generator)
-        return {"statistics": statistics, "cluster": cluster}
+    inference: "fit", k-means on the requests at hand, or "assign", the nearest training centroid.
+    control: None, or what replaces the statistic: "own prompt only", "shuffled" or "constant".
+    """
+    if not head.needs_statistics:
+        return {}
+    prompts = Prompts(examples, embedding, plan["stat_scope"])
+    if control == "own prompt only":
+        cluster = torch.arange(len(examples), device=prompts.mean.device)
+        return {"statistics": prompts.statistics(cluster), "cluster": cluster}
+    k = max(1, round(len(examples) / plan["cluster_size"])) if inference == "fit" else None
+    generator = torch.Generator().manual_seed(plan["seed"])
+    cluster, statistics = head.group(prompts, k, generator)
+    if control == "shuffled":  # every cluster gets another one's statistic
+        order = torch.randperm(len(statistics), generator=generator).to(statistics.device)
+        statistics = statistics[order.roll(1)[order.argsort()]]
+    elif control == "constant":
+        statistics = head.center.expand_as(statistics)
+    return {"statistics": statistics, "cluster": cluster}
 
 
 def train_adapter(run, args, method, seed):
@@ -631,15 +639,13 @@ def train_adapter(run, args, method, seed):
     model = adapt(run.base, method, args.rank, args.alpha, args.head_form, plan.get("clusters"))
     if args.compile:
         compile_blocks(model)
-    company, cluster = {}, None
-    prompts = None
+    prompts = cluster = None
     if method == "chameleon":
-        embedding = model.transformer.wte
-        prompts = Prompts(train, embedding, args.stat_scope)
+        prompts = Prompts(train, run.base.transformer.wte, args.stat_scope)
         cluster = model.lm_head.fit_clusters(
             prompts, plan["clusters"], torch.Generator().manual_seed(seed)).cpu()
-        company = Company(model.lm_head, validation, embedding, args.stat_scope).at_inference(
-            args.inference, plan["cluster_size"], seed)
+    mates_of = company(
+        model.lm_head, validation, run.base.transformer.wte, plan, args.inference)
 
     def batch_loss(index):
         tokens, targets = (t.to(run.device) for t in train.batch(index))
@@ -652,7 +658,7 @@ def train_adapter(run, args, method, seed):
         return rows.sum(), (targets != IGNORE).sum()
 
     def evaluate():
-        return summed(*score(model, validation, args.batch_size, run.autocast, **company))
+        return summed(*score(model, validation, args.batch_size, run.autocast, **mates_of))
 
     fit(run, path, model, plan,
         lambda epoch: shuffled(len(train), args.batch_size, seed, epoch, cluster),
@@ -667,9 +673,8 @@ ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "bas
         "base_epochs", "dropout")
 
 
-def open_run(folder, device, dtype):
+def open_run(folder, device):
     """Open a finished or half-finished run for scoring: data, tokenizer and frozen base."""
-    folder = Path(folder)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no run (no config.json); train one with: python train.py")
     config = read_json(folder / "config.json")
@@ -680,7 +685,7 @@ def open_run(folder, device, dtype):
                         f"{args.data_dir}; put the old text back, or train anew")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     examples = load_examples(corpus, tokenizer, args.block_size, folder / "cache")
-    run = Run(folder, device, dtype, tokenizer, examples)
+    run = Run(folder, device, torch.float32, tokenizer, examples)
     tensors, info = read_tensors(folder / "base.safetensors")
     run.base = GPT(GPTConfig(**info["plan"]["config"]))
     load_weights(run.base, tensors, folder / "base.safetensors")

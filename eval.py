@@ -1,0 +1,370 @@
+"""Score every adapter of a run on validation and test; draw loss against training and the clusters.
+
+    python eval.py runs/wikitext2                       # results.json, results.md, two figures
+    python eval.py runs/wikitext2 --prompts prompts.txt # cluster, adapt, continue each line
+
+A chameleon's score depends on the company that an example keeps, so three controls stand beside
+it, from the same weights: each example alone (its own prompt's statistic), shuffled (the statistic
+of another cluster) and constant (the training mean, which says nothing). What the real statistic
+gains over these is what conditioning is worth; the rest is a larger or longer-trained adapter.
+"""
+
+import argparse
+import json
+import math
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import IGNORE
+from files import UserError, read_tensors, run_cli, write_json, write_text
+from hypernet import Prompts
+from model import generate
+from train import (
+    Parser,
+    adapt,
+    choose_device,
+    choose_dtype,
+    company,
+    keep_freed_memory,
+    load_weights,
+    open_run,
+    score,
+    whole,
+)
+
+# Okabe & Ito's palette: told apart by all kinds of colour vision, and in grey.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+CONTROLS = ("own prompt only", "shuffled", "constant")
+
+
+def make_parser():
+    parser = Parser("eval.py", description="Score a run's adapters, or continue prompts with them.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("run", help="run folder that train.py wrote")
+    add("--inference", choices=("fit", "assign"), help="cluster requests by k-means among "
+        "themselves, or by the nearest training centroid (default: as in training)")
+    add("--batch-size", type=whole(1), default=64, help="rows scored at a time; changes speed and "
+        "memory, not results")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to score")
+    add("--dtype", default=None, choices=("auto", "float32", "bfloat16"),
+        help="of matrix products (default: as in training)")
+    add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead")
+    add("--method", default="chameleon", help="with --prompts: the adapter that continues them")
+    add("--seed", type=whole(0), default=0, help="with --prompts: the adapter's seed, and the "
+        "sampler's")
+    add("--max-new-tokens", type=whole(1), default=60, help="with --prompts: length")
+    add("--temperature", type=float, default=0.8, help="with --prompts: 0 is greedy")
+    add("--top-k", type=whole(1), default=50, help="with --prompts: tokens to draw from")
+    return parser
+
+
+# ------------------------------------------------------------------------------------- scoring
+
+
+def load_adapter(run, path):
+    """The base with the adapter in `path` on it, and the plan that trained it."""
+    tensors, info = read_tensors(path)
+    plan = info["plan"]
+    if plan["base"] != run.base_fingerprint:
+        raise UserError(f"{path} was trained on another base than {run.folder}/base.safetensors")
+    model = adapt(run.base, plan["method"], plan["rank"], plan["alpha"],
+                  plan.get("head_form", "full"), plan.get("clusters", 1))
+    load_weights(model, tensors, path)
+    return model.eval(), plan
+
+
+def label(plan):
+    """What an adapter is called in tables and figures; a leak is never left unsaid."""
+    return plan["method"] + (" (LEAKS: full scope)" if plan.get("stat_scope") == "full" else "")
+
+
+def score_model(run, model, plan, inference, batch_size, control=None):
+    """{split: {nll_sum, n_tokens, loss, perplexity, bits_per_byte}}, and tokens scored a second."""
+    sizes, result, seconds, n_read = run.tokenizer.bytes_per_token(), {}, 0.0, 0
+    for split in ("validation", "test"):
+        examples = run.examples[split]
+        start = time.perf_counter()
+        context = company(
+            model.lm_head, examples, run.base.transformer.wte, plan, inference, control)
+        losses, counts = score(model, examples, batch_size, run.autocast, **context)
+        seconds += time.perf_counter() - start
+        n_read += int(examples.length.sum())
+        n_bytes = 0
+        for index in torch.arange(len(examples)).split(1024):
+            targets = examples.batch(index)[1]
+            n_bytes += int(sizes[targets[targets != IGNORE]].sum())
+        nll, n_tokens = float(losses.sum()), int(counts.sum())
+        result[split] = {
+            "nll_sum": nll, "n_tokens": n_tokens, "loss": nll / n_tokens,
+            "perplexity": math.exp(nll / n_tokens),
+            "bits_per_byte": nll / math.log(2) / n_bytes,
+        }
+    return result, n_read / seconds
+
+
+def score_run(run, inference, batch_size):
+    """One entry per adapter and control: what the table and results.json are made of."""
+    plan = {"method": "frozen", "seed": 0}
+    found, speed = score_model(run, run.base, plan, inference, batch_size)
+    entries = [{"name": "frozen", "seed": 0, "parameters": 0, "bytes": 0, "speed": speed, **found}]
+    for path in adapter_paths(run.folder):
+        model, plan = load_adapter(run, path)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        controls = (None, *CONTROLS) if model.lm_head.needs_statistics else (None,)
+        for control in controls:
+            found, speed = score_model(
+                run, model, plan, inference or plan.get("inference"), batch_size, control)
+            name = label(plan) + (f", {control}" if control else "")
+            print(f"{name}, seed {plan['seed']}: validation {found['validation']['loss']:.4f}, "
+                  f"test {found['test']['loss']:.4f}")
+            entries.append({"name": name, "seed": plan["seed"], "parameters": parameters,
+                            "bytes": path.stat().st_size, "speed": speed, **found})
+    return entries
+
+
+def adapter_paths(folder):
+    """Best checkpoints of a run's adapters, LoRA first, those of one method side by side."""
+    paths = [p for p in (folder / "adapters").glob("*.safetensors")
+             if not p.name.endswith((".last.safetensors", ".state.safetensors"))]
+    return sorted(paths, key=lambda p: (p.name.startswith("chameleon"), p.name))
+
+
+# --------------------------------------------------------------------------------------- table
+
+
+def spread(values, digits):
+    """Mean, and standard deviation over seeds where there are several."""
+    mean = f"{np.mean(values):,.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def make_table(entries):
+    """Markdown: one row per method, over its seeds."""
+    head = ("method", "trained parameters", "bytes on disk", "validation loss", "test loss",
+            "test perplexity", "test bits/byte", "tokens/s")
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for name in dict.fromkeys(entry["name"] for entry in entries):
+        same = [entry for entry in entries if entry["name"] == name]
+        cells = [name, f"{same[0]['parameters']:,}", f"{same[0]['bytes']:,}"]
+        for split, key, digits in (("validation", "loss", 4), ("test", "loss", 4),
+                                   ("test", "perplexity", 2), ("test", "bits_per_byte", 4)):
+            cells.append(spread([entry[split][key] for entry in same], digits))
+        cells.append(f"{np.median([entry['speed'] for entry in same]):,.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def make_notes(run, config, entries):
+    args, tokens = config["args"], entries[0]
+    n_seeds = len({entry["seed"] for entry in entries[1:]})
+    return (
+        f"Data {args['dataset']}, base of {sum(p.numel() for p in run.base.parameters()):,} "
+        f"parameters, {n_seeds} seed{'s' * (n_seeds != 1)}"
+        f"{' (± is the standard deviation)' * (n_seeds > 1)}. Losses in nats per scored "
+        f"token: {tokens['validation']['n_tokens']:,} of validation, "
+        f"{tokens['test']['n_tokens']:,} of test, the same for every method. Chameleon's depend "
+        f"on the company an example keeps; the rows under it are controls with the same weights. "
+        f"tokens/s: scoring, clustering included, on {run.device} in "
+        f"{str(run.dtype).removeprefix('torch.')}.\n"
+    )
+
+
+# ------------------------------------------------------------------------------------- figures
+
+
+def draw_losses(run, frozen, path):
+    """Validation loss against training tokens; seeds are a band around their mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
+    records = [record for record in map(json.loads, text.splitlines())
+               if record["method"] != "base"]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.axhline(frozen, color="0.4", linestyle="--", label="frozen base")
+    for i, method in enumerate(dict.fromkeys(record["method"] for record in records)):
+        curves = {}
+        for record in records:
+            if record["method"] == method:
+                curve = curves.setdefault(record["seed"], [(0, frozen)])
+                curve.append((record["tokens"] / 1e6, record["loss"]))
+        shortest = min(map(len, curves.values()))
+        points = np.array([curve[:shortest] for curve in curves.values()])  # (seeds, points, 2)
+        x, mean = points[..., 0].mean(axis=0), points[..., 1].mean(axis=0)
+        name = f"{method}, {len(curves)} seed{'s' * (len(curves) > 1)}"
+        axes.plot(x, mean, "os^Dv"[i % 5] + "-", color=COLOURS[i], label=name, markersize=5)
+        axes.fill_between(x, points[..., 1].min(axis=0), points[..., 1].max(axis=0),
+                          color=COLOURS[i], alpha=0.2, linewidth=0)
+    axes.set_xlabel("training tokens of the adapter (millions)")
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def typical_words(tokens, mask, cluster, which, tokenizer, n=3):
+    """The words that set a cluster's prompts apart: most over-represented in its members."""
+    inside, everywhere = np.zeros(tokenizer.vocab_size), np.zeros(tokenizer.vocab_size)
+    for row, real, mine in zip(tokens, mask, cluster == which, strict=True):
+        present = np.unique(row[real])  # a word counts once per example
+        everywhere[present] += 1
+        inside[present] += mine
+    size = (cluster == which).sum()
+    expected = everywhere * size / len(cluster)
+    strength = inside * np.log(np.maximum(inside, 0.1) / np.maximum(expected, 0.1))
+    words = []
+    for token in np.argsort(-strength, kind="stable"):
+        word = tokenizer.decode([int(token)])
+        # Whole words of some length: pieces of words say little to a reader.
+        if len(word) > 3 and word[0] == " " and word[1:].isalpha() and inside[token] > 1:
+            words.append(word.strip())
+        if len(words) == n:
+            break
+    return words
+
+
+def draw_clusters(run, model, plan, inference, path, n_labels=7):
+    """Validation prompts in the plane of most variance (PCA), coloured by cluster."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    examples = run.examples["validation"]
+    prompts = Prompts(examples, run.base.transformer.wte, plan["stat_scope"])
+    features = prompts.features(model.lm_head.center).cpu()
+    cluster = company(
+        model.lm_head, examples, run.base.transformer.wte, plan, inference)["cluster"].cpu().numpy()
+    centred = features - features.mean(dim=0)
+    _, scales, axes_of = torch.linalg.svd(centred, full_matrices=False)
+    plane = (centred @ axes_of[:2].T).numpy()  # (N, C) @ (C, 2)
+    share = (scales.square() / scales.square().sum())[:2].tolist()
+    sizes = np.bincount(cluster)
+    largest = np.argsort(-sizes, kind="stable")[:n_labels]
+    tokens, mask = (t.numpy() for t in examples.prompts(np.arange(len(examples)),
+                                                         plan["stat_scope"]))
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    others = ~np.isin(cluster, largest)
+    axes.scatter(*plane[others].T, s=8, color="0.8", linewidths=0,
+                 label=f"{len(sizes) - len(largest)} smaller clusters")
+    for i, which in enumerate(largest):
+        mine = cluster == which
+        words = " ".join(typical_words(tokens, mask, cluster, which, run.tokenizer))
+        axes.scatter(*plane[mine].T, s=22, color=COLOURS[i], marker="os^DvP*"[i], linewidths=0,
+                     label=f"{sizes[which]}: {words}")
+    axes.set_xlabel(f"first principal component ({share[0]:.0%} of variance)")
+    axes.set_ylabel(f"second principal component ({share[1]:.0%} of variance)")
+    axes.set_title(f"{len(examples):,} validation prompts in {len(sizes)} clusters", fontsize=11)
+    axes.legend(title="members: typical words", frameon=False, fontsize=9,
+                loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------- prompts
+
+
+def continue_prompts(run, args):
+    """Cluster the prompts of a file, adapt the head to each cluster, continue each prompt."""
+    try:
+        lines = Path(args.prompts).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {args.prompts}: {error}") from None
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise UserError(f"--prompts {args.prompts}: the file has no prompt, one a line")
+    prompts = [run.tokenizer.encode(text) for text in texts]
+    context = run.base.config.block_size
+    for text, prompt in zip(texts, prompts, strict=True):
+        if len(prompt) >= context:
+            raise UserError(f"--prompts: {text[:40]!r}... has {len(prompt)} tokens and the model "
+                            f"reads {context} at most, prompt and continuation; shorten it")
+    if args.temperature < 0:
+        raise UserError(f"--temperature {args.temperature}: must be 0 or more")
+    if args.method == "frozen":
+        model, plan = run.base.eval(), {"method": "frozen"}
+    else:
+        path = run.folder / "adapters" / f"{args.method}-seed{args.seed}.safetensors"
+        if not path.exists():
+            raise UserError(f"--method {args.method} --seed {args.seed}: {path} does not exist; "
+                            f"there is {', '.join(p.stem for p in adapter_paths(run.folder))}")
+        model, plan = load_adapter(run, path)
+    requests = company(model.lm_head, PromptList(prompts), run.base.transformer.wte, plan,
+                       args.inference or plan.get("inference"))
+    with run.autocast:
+        continuations = generate(
+            model, prompts, args.max_new_tokens, **requests, temperature=args.temperature,
+            top_k=args.top_k, stop_token=run.tokenizer.end,
+            generator=torch.Generator(run.device).manual_seed(args.seed))
+    groups = requests["cluster"].tolist() if requests else [0] * len(texts)
+    for group in sorted(set(groups)):
+        if requests:
+            members = groups.count(group)
+            print(f"\n# cluster {group + 1}: {members} prompt{'s' * (members > 1)}, one update")
+        for text, tokens, mine in zip(texts, continuations, groups, strict=True):
+            if mine == group:
+                print(f"\n{text}[{run.tokenizer.decode(tokens)}]")
+    return continuations
+
+
+class PromptList:
+    """Prompts as `Prompts` reads them from `Examples`: rows, and a mask of what is real."""
+
+    def __init__(self, prompts):
+        self.length = np.array([len(prompt) for prompt in prompts])
+        self.tokens = torch.zeros(len(prompts), self.length.max(), dtype=torch.int64)
+        for row, prompt in zip(self.tokens, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def prompts(self, index, scope):
+        real = torch.arange(self.tokens.shape[1]) < torch.from_numpy(self.length)[index, None]
+        return self.tokens[index], real
+
+
+# ---------------------------------------------------------------------------------------- main
+
+
+def main(argv=None):
+    """Score the run, or continue prompts; returns the entries of results.json, or token ids."""
+    args = make_parser().parse_args(argv)
+    keep_freed_memory()
+    device, _ = choose_device(args.device)
+    folder = Path(args.run)
+    run, config = open_run(folder, device)
+    run.dtype = choose_dtype(args.dtype or config["args"]["dtype"], device)[0]
+    if args.prompts:
+        return continue_prompts(run, args)
+    entries = score_run(run, args.inference, args.batch_size)
+    table, notes = make_table(entries), make_notes(run, config, entries)
+    write_text(folder / "results.md", table + "\n" + notes)
+    write_json(folder / "results.json", {
+        "args": config["args"], "data": config["data"], "torch": torch.__version__,
+        "python": platform.python_version(), "machine": platform.machine(), "entries": entries,
+    })
+    print("\n" + table + "\n" + notes)
+    if (folder / "metrics.jsonl").exists():
+        draw_losses(run, entries[0]["validation"]["loss"], folder / "loss.png")
+        print(f"wrote {folder / 'loss.png'}")
+    for path in adapter_paths(folder):
+        model, plan = load_adapter(run, path)
+        if model.lm_head.needs_statistics:
+            draw_clusters(run, model, plan, args.inference or plan["inference"],
+                          folder / "clusters.png")
+            print(f"wrote {folder / 'clusters.png'}")
+            break
+    return entries
+
+
+if __name__ == "__main__":
+    run_cli(main)

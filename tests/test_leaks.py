@@ -1,0 +1,143 @@
+"""No prediction may depend on a token that it is scored on, or on a later one; nor on the
+continuation of any other row. Proved for every method, and shown to fail where it should."""
+
+import numpy as np
+import pytest
+import torch
+
+from data import SPLITS, Corpus, Examples, Tokenizer, load_examples
+from hypernet import Prompts
+from model import GPT, GPTConfig
+from train import METHODS, adapt, company, score
+
+V, T, N = 40, 16, 6
+
+
+def tiny_base():
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=8))
+    for p in base.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return base.eval()
+
+
+def trained(base, method, form="full", scope="prompt", examples=None):
+    """A model whose adapters do something, and the plan that goes with it."""
+    model = adapt(base, method, rank=2, alpha=4.0, head_form=form, n_clusters=2).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3)
+    plan = {"method": method, "seed": 0, "stat_scope": scope, "cluster_size": 2}
+    if model.lm_head.needs_statistics:
+        model.lm_head.fit_clusters(
+            Prompts(examples, base.transformer.wte, scope), 2, torch.Generator().manual_seed(0))
+    return model, plan
+
+
+def table(tokens):
+    """(N, T + 1) tokens as Examples, the first quarter of each row its prompt."""
+    rows = np.arange(N)
+    return Examples(tokens.reshape(-1), rows * (T + 1), np.full(N, T + 1), np.full(N, T // 4), rows)
+
+
+@torch.no_grad()
+def all_logits(model, plan, tokens, inference, control):
+    examples = table(tokens)
+    context = company(model.lm_head, examples, model.transformer.wte, plan, inference, control)
+    return model(examples.batch(np.arange(N))[0], **context)
+
+
+def check_no_leak(method, form="full", scope="prompt", inference="fit", control=None):
+    base, tokens = tiny_base(), np.random.default_rng(0).integers(0, V, (N, T + 1))
+    model, plan = trained(base, method, form, scope, table(tokens))
+    before = all_logits(model, plan, tokens, inference, control)
+    for row in range(N):
+        for place in range(T // 4, T + 1):  # every token of the continuation
+            changed = tokens.copy()
+            changed[row, place] = (changed[row, place] + 1) % V
+            after = all_logits(model, plan, changed, inference, control)
+            others = [i for i in range(N) if i != row]
+            # logits[:, t] predict token t + 1: those of the changed token and of earlier ones
+            assert torch.equal(before[row, :place], after[row, :place]), (row, place)
+            assert torch.equal(before[others], after[others]), (row, place)
+            assert place == T or not torch.equal(before[row, place:], after[row, place:])
+
+
+CASES = [(method, "full") for method in METHODS] + [("chameleon", "light")]
+
+
+@pytest.mark.parametrize("method, form", CASES)
+@pytest.mark.parametrize("inference", ["fit", "assign"])
+def test_no_logit_depends_on_its_own_or_a_later_token_or_on_another_rows_continuation(
+    method, form, inference
+):
+    check_no_leak(method, form, inference=inference)
+
+
+@pytest.mark.parametrize("control", ["own prompt only", "shuffled", "constant"])
+def test_the_controls_do_not_leak_either(control):
+    check_no_leak("chameleon", control=control)
+
+
+@pytest.mark.parametrize("form", ["full", "light"])
+def test_full_scope_leaks_and_the_test_above_notices(form):
+    with pytest.raises(AssertionError):
+        check_no_leak("chameleon", form, scope="full")
+
+
+def test_another_prompt_does_matter():
+    """Else the tests above would pass for a head that ignores its statistics."""
+    base, tokens = tiny_base(), np.random.default_rng(0).integers(0, V, (N, T + 1))
+    model, plan = trained(base, "chameleon", examples=table(tokens))
+    plan["cluster_size"] = N  # one cluster: everybody is everybody's company
+    before = all_logits(model, plan, tokens, "fit", None)
+    tokens[0, 0] = (tokens[0, 0] + 1) % V
+    after = all_logits(model, plan, tokens, "fit", None)
+    assert all(not torch.equal(before[row], after[row]) for row in range(N))
+
+
+@pytest.mark.parametrize("method, form", CASES)
+@pytest.mark.parametrize("scope", ["prompt", "full"])
+def test_an_edited_word_moves_no_score_of_another_row(method, form, scope, tmp_path):
+    """The same on text: edited, tokenised and cut again, through the metric itself."""
+    words = "river stone cloud house green seven light apple".split()
+    draw = np.random.default_rng(0)
+    lines = [" ".join(draw.choice(words, 30)) for _ in range(60)]
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split, part in zip(SPLITS, (lines[:40], lines[40:50], lines[50:]), strict=True):
+        (folder / f"{split}.txt").write_text("\n".join(part) + "\n")
+
+    def losses():
+        corpus = Corpus(str(folder), tmp_path)
+        tokenizer = Tokenizer.train((d.text for d in corpus.documents("train")), 300)
+        found = load_examples(corpus, tokenizer, T, tmp_path / "cache")["validation"]
+        torch.manual_seed(0)
+        base = GPT(GPTConfig(T, tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=8)).eval()
+        model, plan = trained(base, method, form, scope, found)
+        plan["cluster_size"] = 5
+        context = company(model.lm_head, found, base.transformer.wte, plan, "fit")
+        rows, _ = found.rows(np.arange(len(found)))
+        return score(model, found, 4, torch.no_grad(), **context)[0], rows, found.prompt
+
+    before, rows, prompt = losses()
+    text = (folder / "validation.txt").read_text()
+    for place in range(len(text) // 2, len(text)):  # the first edit that falls in a continuation
+        if text[place : place + 7] in (" river ", " stone "):
+            edited = {" river ": " stone ", " stone ": " river "}[text[place : place + 7]]
+            (folder / "validation.txt").write_text(text[:place] + edited + text[place + 7 :])
+            after, rows_now, _ = losses()
+            moved = (rows != rows_now) if rows.shape == rows_now.shape else None
+            if moved is None or moved.any(dim=1).sum() != 1:
+                continue
+            row = int(moved.any(dim=1).nonzero())
+            if moved[row].nonzero()[0] >= prompt[row]:
+                break
+    else:
+        raise AssertionError("no edit fell inside one row's continuation: the test tests nothing")
+    others = np.arange(len(before)) != row
+    assert before[row] != after[row]
+    if method == "chameleon" and scope == "full":
+        assert (before[others] != after[others]).any()
+    else:
+        assert np.array_equal(before[others], after[others])
