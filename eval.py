@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import IGNORE
 from files import UserError, read_tensors, run_cli, write_json, write_text
 from hypernet import Prompts
 from model import generate
 from train import (
     Parser,
     adapt,
+    adapter_path,
     choose_device,
     choose_dtype,
     company,
@@ -33,6 +33,8 @@ from train import (
     load_weights,
     open_run,
     score,
+    scored_bytes,
+    summed,
     whole,
 )
 
@@ -72,15 +74,16 @@ def load_adapter(run, path):
     plan = info["plan"]
     if plan["base"] != run.base_fingerprint:
         raise UserError(f"{path} was trained on another base than {run.folder}/base.safetensors")
-    model = adapt(run.base, plan["method"], plan["rank"], plan["alpha"],
-                  plan.get("head_form", "full"), plan.get("clusters", 1))
+    model = adapt(run.base, plan)
     load_weights(model, tensors, path)
     return model.eval(), plan
 
 
-def label(plan):
-    """What an adapter is called in tables and figures; a leak is never left unsaid."""
-    return plan["method"] + (" (LEAKS: full scope)" if plan.get("stat_scope") == "full" else "")
+def label(plan, path):
+    """What an adapter is called in the table; leaks and unfinished ones are told."""
+    leaks = " (LEAKS: full scope)" if plan.get("stat_scope") == "full" else ""
+    finished = path.with_suffix(".last.safetensors").exists()
+    return plan["method"] + leaks + ("" if finished else " (unfinished)")
 
 
 def score_model(run, model, plan, inference, batch_size, control=None):
@@ -89,21 +92,13 @@ def score_model(run, model, plan, inference, batch_size, control=None):
     for split in ("validation", "test"):
         examples = run.examples[split]
         start = time.perf_counter()
-        context = company(
-            model.lm_head, examples, run.base.transformer.wte, plan, inference, control)
+        context = company(model, examples, plan, inference, control)
         losses, counts = score(model, examples, batch_size, run.autocast, **context)
         seconds += time.perf_counter() - start
         n_read += int(examples.length.sum())
-        n_bytes = 0
-        for index in torch.arange(len(examples)).split(1024):
-            targets = examples.batch(index)[1]
-            n_bytes += int(sizes[targets[targets != IGNORE]].sum())
-        nll, n_tokens = float(losses.sum()), int(counts.sum())
-        result[split] = {
-            "nll_sum": nll, "n_tokens": n_tokens, "loss": nll / n_tokens,
-            "perplexity": math.exp(nll / n_tokens),
-            "bits_per_byte": nll / math.log(2) / n_bytes,
-        }
+        found = summed(losses, counts)
+        bits = found["nll_sum"] / math.log(2) / scored_bytes(examples, sizes)
+        result[split] = found | {"perplexity": math.exp(found["loss"]), "bits_per_byte": bits}
     return result, n_read / seconds
 
 
@@ -119,7 +114,7 @@ def score_run(run, inference, batch_size):
         for control in controls:
             found, speed = score_model(
                 run, model, plan, inference or plan.get("inference"), batch_size, control)
-            name = label(plan) + (f", {control}" if control else "")
+            name = label(plan, path) + (f", {control}" if control else "")
             print(f"{name}, seed {plan['seed']}: validation {found['validation']['loss']:.4f}, "
                   f"test {found['test']['loss']:.4f}")
             entries.append({"name": name, "seed": plan["seed"], "parameters": parameters,
@@ -241,8 +236,7 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
     examples = run.examples["validation"]
     prompts = Prompts(examples, run.base.transformer.wte, plan["stat_scope"])
     features = prompts.features(model.lm_head.center).cpu()
-    cluster = company(
-        model.lm_head, examples, run.base.transformer.wte, plan, inference)["cluster"].cpu().numpy()
+    cluster = company(model, examples, plan, inference)["cluster"].cpu().numpy()
     centred = features - features.mean(dim=0)
     _, scales, axes_of = torch.linalg.svd(centred, full_matrices=False)
     plane = (centred @ axes_of[:2].T).numpy()  # (N, C) @ (C, 2)
@@ -292,12 +286,12 @@ def continue_prompts(run, args):
     if args.method == "frozen":
         model, plan = run.base.eval(), {"method": "frozen"}
     else:
-        path = run.folder / "adapters" / f"{args.method}-seed{args.seed}.safetensors"
+        path = adapter_path(run, args.method, args.seed)
         if not path.exists():
             raise UserError(f"--method {args.method} --seed {args.seed}: {path} does not exist; "
                             f"there is {', '.join(p.stem for p in adapter_paths(run.folder))}")
         model, plan = load_adapter(run, path)
-    requests = company(model.lm_head, PromptList(prompts), run.base.transformer.wte, plan,
+    requests = company(model, PromptList(prompts), plan,
                        args.inference or plan.get("inference"))
     with run.autocast:
         continuations = generate(
@@ -342,7 +336,8 @@ def main(argv=None):
     device, _ = choose_device(args.device)
     folder = Path(args.run)
     run, config = open_run(folder, device)
-    run.dtype = choose_dtype(args.dtype or config["args"]["dtype"], device)[0]
+    if args.dtype:
+        run.dtype = choose_dtype(args.dtype, device)[0]
     if args.prompts:
         return continue_prompts(run, args)
     entries = score_run(run, args.inference, args.batch_size)

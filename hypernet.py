@@ -92,11 +92,11 @@ class ChameleonHead(LMHead):
         with torch.no_grad():
             last.bias[: A.numel()] = A.flatten()
 
-    def fit_clusters(self, prompts, k, generator):
+    def fit_clusters(self, prompts, generator):
         """Cluster the training prompts, keep what inference needs; returns cluster (N,)."""
         self.center.copy_(prompts.mean.mean(dim=0))
         self.spread.copy_(prompts.mean.std(dim=0, correction=0))
-        found = kmeans(prompts.features(self.center), k, generator)
+        found = kmeans(prompts.features(self.center), len(self.centroids), generator)
         self.centroids.copy_(found.centroids)
         return found.cluster
 

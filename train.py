@@ -21,6 +21,7 @@ A run folder holds
 import argparse
 import copy
 import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -145,20 +146,36 @@ def make_parser():
     return parser
 
 
+# Settings that a run folder has once; a later call into the same folder must agree with them.
+ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "base_lr",
+        "base_epochs", "dropout")
+
+
 def parse_args(argv):
-    """Arguments of this call; with --resume, those that the run folder remembers fill the gaps."""
+    """Arguments of this call, and config.json of the run that its folder holds, or None.
+
+    What is not given comes from that run: with --resume everything, else what a run has ONCE.
+    """
     parser = make_parser()
     args = parser.parse_args(argv)
     args.out = args.out or f"runs/{Path(args.dataset).stem}"
+    config = remembered(Path(args.out))
+    if config:
+        known = config["args"]
+        parser.set_defaults(**{k: known[k] for k in (known if args.resume else ONCE)})
+        args = parser.parse_args([*(argv if argv is not None else sys.argv[1:]),
+                                  "--out", args.out])
+        for key in ONCE:
+            if known[key] != getattr(args, key):
+                raise UserError(
+                    f"{args.out} is a run with --{key.replace('_', '-')} {known[key]}, not "
+                    f"{getattr(args, key)}; choose another --out, or leave that flag out"
+                )
+    elif args.resume:
+        raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
     if not 0 <= args.dropout < 1:
         raise UserError(f"--dropout {args.dropout}: must be from 0 up to 1")
-    if args.resume:
-        if not (Path(args.out) / "config.json").exists():
-            raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
-        remembered = dict(read_json(Path(args.out) / "config.json")["args"])
-        parser.set_defaults(**remembered)
-        args = parser.parse_args(argv)
-    return args
+    return args, config
 
 
 # -------------------------------------------------------------------------- device and numbers
@@ -259,6 +276,21 @@ def row_losses(head, hidden, targets, statistics=None, cluster=None):
     return torch.cat([part(*p) for p in parts])
 
 
+def summed(losses, counts):
+    """What `score` returns, as metrics.jsonl and results.json have it."""
+    nll, n = float(losses.sum()), int(counts.sum())
+    return {"nll_sum": nll, "n_tokens": n, "loss": nll / n}
+
+
+def scored_bytes(examples, sizes, whole=False):
+    """Bytes of text that the scored tokens stand for; sizes (V,) from `bytes_per_token`."""
+    total = 0
+    for index in torch.arange(len(examples)).split(1024):
+        targets = examples.batch(index, whole)[1]
+        total += int(sizes[targets[targets != IGNORE]].sum())
+    return total
+
+
 @torch.no_grad()
 def score(model, examples, batch_size, autocast, statistics=None, cluster=None, whole=False):
     """Score every example: losses (N,) in nats, float64, and scored tokens (N,).
@@ -316,7 +348,14 @@ class Run:
     tokenizer: Tokenizer
     examples: dict  # split -> Examples
     base: GPT | None = None
-    base_fingerprint: str = ""
+
+    @functools.cached_property
+    def base_fingerprint(self):
+        """Adapters remember it: they fit no other base."""
+        digest = hashlib.sha256(json.dumps(asdict(self.base.config)).encode())
+        for _, p in sorted(self.base.named_parameters()):
+            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
     @property
     def autocast(self):
@@ -361,11 +400,6 @@ def parameter_groups(model):
     ]
 
 
-def append_record(path, record):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
 def drop_records(path, method, seed, after):
     """Remove the records of a training that a resumed run is about to write again."""
     if not path.exists():
@@ -380,7 +414,7 @@ def fit(run, path, model, plan, batches, batch_loss, evaluate):
 
     plan: JSON of everything that shapes the training, among it method, seed, lr, steps and
     evaluations; batches(epoch) -> index tensors; batch_loss(index) -> summed loss and number of
-    scored tokens; evaluate() -> {"nll_sum", "n_tokens", "loss"} on the validation split.
+    scored tokens; evaluate() -> what `score` returns for the validation split.
     """
     state_path = path.with_suffix(".state.safetensors")
     last_path = path.with_suffix(".last.safetensors")
@@ -432,8 +466,9 @@ def fit(run, path, model, plan, batches, batch_loss, evaluate):
                 epoch = done["step"] // plan["steps_per_epoch"]
                 epoch_batches = batches(epoch)
             index = epoch_batches[done["step"] % plan["steps_per_epoch"]]
+            rate = learning_rate(done["step"], total, plan["lr"])
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(done["step"], total, plan["lr"])
+                group["lr"] = rate
             model.train()
             nll, n_tokens = batch_loss(index)
             loss = nll / n_tokens
@@ -452,23 +487,24 @@ def fit(run, path, model, plan, batches, batch_loss, evaluate):
             done["seconds"] += time.perf_counter() - started
             bar.update()
             if done["step"] in evaluate_at:
-                result = evaluate()
-                at = {k: done[k] for k in ("step", "tokens")}
-                append_record(run.folder / "metrics.jsonl", {
-                    "method": plan["method"], "seed": plan["seed"], **at, "split": "validation",
-                    **result})
+                result = summed(*evaluate())
+                record = {"method": plan["method"], "seed": plan["seed"], "step": done["step"],
+                          "tokens": done["tokens"], "split": "validation", **result}
+                with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
                 bar.write(f"{name}: step {done['step']}/{total}, validation loss "
                           f"{result['loss']:.4f}")
                 if result["loss"] < done["best"]:
                     done["best"] = result["loss"]
                     write_tensors(path, weights(model), {"plan": plan, "done": done})
                 save_state()
-            elif stopped():
-                save_state()
             if stopped() and done["step"] < total:
+                save_state()
                 raise KeyboardInterrupt
     write_tensors(last_path, weights(model), {"plan": plan, "done": done})
     state_path.unlink()
+    if stopped():
+        raise KeyboardInterrupt
     load_weights(model, read_tensors(path, run.device)[0], path)
 
 
@@ -529,20 +565,16 @@ def shuffled(n_examples, batch_size, seed, epoch, cluster=None):
 # -------------------------------------------------------------------------------- base, adapters
 
 
-def fingerprint(model):
-    digest = hashlib.sha256(json.dumps(asdict(model.config)).encode())
-    for _, p in sorted(model.named_parameters()):
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def summed(losses, counts):
-    nll, n = float(losses.sum()), int(counts.sum())
-    return {"nll_sum": nll, "n_tokens": n, "loss": nll / n}
+def load_base(path, device):
+    """The frozen base of a run folder, or of a run that --base names."""
+    tensors, info = read_tensors(path)
+    model = GPT(GPTConfig(**info["plan"]["config"]))
+    load_weights(model, tensors, path)
+    return model.to(device).requires_grad_(False)
 
 
 def train_base(run, args, config):
-    """Train the base on whole rows, prompts included, unless the run folder has it already."""
+    """Train a base from scratch on whole rows, prompts included."""
     path = run.folder / "base.safetensors"
     train, validation = run.examples["train"], run.examples["validation"]
     plan = {
@@ -551,14 +583,9 @@ def train_base(run, args, config):
         **plan_steps(len(train), args.batch_size, args.base_epochs, args.max_steps,
                      args.evaluations),
     }
+    is_finished(path, plan, args.resume)
     torch.manual_seed(0)
     model = GPT(config).to(run.device)
-    if path.with_suffix(".last.safetensors").exists():
-        tensors, info = read_tensors(path, run.device)
-        load_weights(model, tensors, path)
-        print(f"base: {path}, trained before for {info['done']['step']} steps")
-        return model
-    is_finished(path, plan, args.resume)
     if args.compile:
         compile_blocks(model)
 
@@ -569,11 +596,13 @@ def train_base(run, args, config):
         return rows.sum(), (targets != IGNORE).sum()
 
     def evaluate():
-        return summed(*score(model, validation, args.batch_size, run.autocast, whole=True))
+        return score(model, validation, args.batch_size, run.autocast, whole=True)
 
     fit(run, path, model, plan, lambda epoch: shuffled(len(train), args.batch_size, 0, epoch),
         batch_loss, evaluate)
-    return model
+    sizes = run.tokenizer.bytes_per_token()
+    nll, n_bytes = evaluate()[0].sum(), scored_bytes(validation, sizes, whole=True)
+    print(f"base: {nll / math.log(2) / n_bytes:.4f} bits a byte on whole validation rows")
 
 
 def compile_blocks(model):
@@ -582,29 +611,28 @@ def compile_blocks(model):
         block.compile()
 
 
-def adapt(base, method, rank, alpha, head_form="full", n_clusters=1):
+def adapt(base, plan):
     """A copy of the frozen base with untrained adapters: its logits are still the base's."""
     model = copy.deepcopy(base).requires_grad_(False)
-    if method == "frozen":
-        return model
-    add_lora(model, rank, alpha)
-    weight = model.transformer.wte.weight
-    if method == "lora":
-        model.lm_head = LoRAHead(weight, rank, alpha)
+    add_lora(model, plan["rank"], plan["alpha"])
+    head = model.transformer.wte.weight, plan["rank"], plan["alpha"]
+    if plan["method"] == "lora":
+        model.lm_head = LoRAHead(*head)
     else:
-        model.lm_head = ChameleonHead(weight, rank, alpha, head_form, n_clusters)
+        model.lm_head = ChameleonHead(*head, plan["head_form"], plan["clusters"])
     return model
 
 
-def company(head, examples, embedding, plan, inference, control=None):
+def company(model, examples, plan, inference, control=None):
     """Statistics (K, C) and cluster (N,) of held-out examples, as `score` takes them.
 
     inference: "fit", k-means on the requests at hand, or "assign", the nearest training centroid.
     control: None, or what replaces the statistic: "own prompt only", "shuffled" or "constant".
     """
+    head = model.lm_head
     if not head.needs_statistics:
         return {}
-    prompts = Prompts(examples, embedding, plan["stat_scope"])
+    prompts = Prompts(examples, model.transformer.wte, plan["stat_scope"])
     if control == "own prompt only":
         cluster = torch.arange(len(examples), device=prompts.mean.device)
         return {"statistics": prompts.statistics(cluster), "cluster": cluster}
@@ -619,33 +647,41 @@ def company(head, examples, embedding, plan, inference, control=None):
     return {"statistics": statistics, "cluster": cluster}
 
 
-def train_adapter(run, args, method, seed):
-    """Train one adapter on the continuations of the training split; best and last are kept."""
-    path = run.folder / "adapters" / f"{method}-seed{seed}.safetensors"
-    train, validation = run.examples["train"], run.examples["validation"]
+def adapter_path(run, method, seed):
+    return run.folder / "adapters" / f"{method}-seed{seed}.safetensors"
+
+
+def adapter_plan(run, args, method, seed):
+    """Everything that shapes an adapter's training, as its file will remember it."""
+    N = len(run.examples["train"])
     plan = {
         "method": method, "seed": seed, "base": run.base_fingerprint, "rank": args.rank,
         "alpha": args.alpha, "lr": args.lr, "batch_size": args.batch_size,
-        **plan_steps(len(train), args.batch_size, args.epochs, args.max_steps, args.evaluations),
+        **plan_steps(N, args.batch_size, args.epochs, args.max_steps, args.evaluations),
     }
     if method == "chameleon":
-        k = args.clusters or -(-len(train) // args.batch_size)
-        plan |= {"head_form": args.head_form, "clusters": k, "stat_scope": args.stat_scope,
-                 "inference": args.inference, "cluster_size": len(train) / k}
+        k = args.clusters or -(-N // args.batch_size)
+        plan |= {"head_form": args.head_form, "clusters": k, "cluster_size": N / k,
+                 "stat_scope": args.stat_scope, "inference": args.inference}
+    return plan
+
+
+def train_adapter(run, args, method, seed):
+    """Train one adapter on the continuations of the training split; best and last are kept."""
+    plan, path = adapter_plan(run, args, method, seed), adapter_path(run, method, seed)
     if is_finished(path, plan, args.resume):
         print(f"{path.stem}: trained before")
         return
+    train, validation = run.examples["train"], run.examples["validation"]
     torch.manual_seed(seed)
-    model = adapt(run.base, method, args.rank, args.alpha, args.head_form, plan.get("clusters"))
+    model = adapt(run.base, plan)
     if args.compile:
         compile_blocks(model)
     prompts = cluster = None
-    if method == "chameleon":
-        prompts = Prompts(train, run.base.transformer.wte, args.stat_scope)
-        cluster = model.lm_head.fit_clusters(
-            prompts, plan["clusters"], torch.Generator().manual_seed(seed)).cpu()
-    mates_of = company(
-        model.lm_head, validation, run.base.transformer.wte, plan, args.inference)
+    if model.lm_head.needs_statistics:
+        prompts = Prompts(train, run.base.transformer.wte, plan["stat_scope"])
+        cluster = model.lm_head.fit_clusters(prompts, torch.Generator().manual_seed(seed)).cpu()
+    held_out = company(model, validation, plan, plan.get("inference"))
 
     def batch_loss(index):
         tokens, targets = (t.to(run.device) for t in train.batch(index))
@@ -657,120 +693,111 @@ def train_adapter(run, args, method, seed):
             rows = row_losses(model.lm_head, model.hidden(tokens), targets, statistics, mates)
         return rows.sum(), (targets != IGNORE).sum()
 
-    def evaluate():
-        return summed(*score(model, validation, args.batch_size, run.autocast, **mates_of))
-
     fit(run, path, model, plan,
-        lambda epoch: shuffled(len(train), args.batch_size, seed, epoch, cluster),
-        batch_loss, evaluate)
+        lambda epoch: shuffled(len(train), args.batch_size, seed, epoch, cluster), batch_loss,
+        lambda: score(model, validation, args.batch_size, run.autocast, **held_out))
 
 
 # ---------------------------------------------------------------------------------------- main
 
 
-# Settings that a run folder has once; a later call into the same folder must agree with them.
-ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "base_lr",
-        "base_epochs", "dropout")
+def remembered(folder):
+    """config.json of a run folder; None for a new or empty one."""
+    if (folder / "config.json").exists():
+        return read_json(folder / "config.json")
+    if folder.exists() and any(path.name != "cache" for path in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run; choose another --out")
+    return None
+
+
+def open_corpus(args, config):
+    """The data set; it must be the text that the run knows, if there is a run."""
+    corpus = Corpus(args.dataset, args.data_dir)
+    if config and config["data"] != corpus.fingerprint:
+        raise UserError(f"--dataset {args.dataset} has another text than when the run was made; "
+                        f"put the old text back, or choose another --out")
+    return corpus
 
 
 def open_run(folder, device):
-    """Open a finished or half-finished run for scoring: data, tokenizer and frozen base."""
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no run (no config.json); train one with: python train.py")
-    config = read_json(folder / "config.json")
+    """Open a finished or half-finished run for scoring; returns it and its config.json."""
+    config = remembered(folder)
+    if config is None:
+        raise UserError(f"{folder} holds no run; train one first: python train.py")
     args = argparse.Namespace(**config["args"])
-    corpus = Corpus(args.dataset, args.data_dir)
-    if corpus.fingerprint != config["data"]:
-        raise UserError(f"{folder} was trained on another text than {args.dataset} has now in "
-                        f"{args.data_dir}; put the old text back, or train anew")
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    corpus, tokenizer = open_corpus(args, config), Tokenizer.load(folder / "tokenizer.json")
     examples = load_examples(corpus, tokenizer, args.block_size, folder / "cache")
-    run = Run(folder, device, torch.float32, tokenizer, examples)
-    tensors, info = read_tensors(folder / "base.safetensors")
-    run.base = GPT(GPTConfig(**info["plan"]["config"]))
-    load_weights(run.base, tensors, folder / "base.safetensors")
-    run.base.to(device).requires_grad_(False)
-    run.base_fingerprint = fingerprint(run.base)
+    run = Run(folder, device, getattr(torch, args.dtype), tokenizer, examples)
+    run.base = load_base(folder / "base.safetensors", device)
     return run, config
+
+
+def write_settings(run, args, corpus):
+    run.tokenizer.save(run.folder / "tokenizer.json")
+    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device")}
+    write_json(run.folder / "config.json", {
+        "args": settings, "data": corpus.fingerprint, "tokenizer": run.tokenizer.fingerprint,
+        "torch": torch.__version__,
+    })
 
 
 def main(argv=None):
     """Train what the arguments ask for; returns the run folder's path."""
-    args = parse_args(argv)
+    args, before = parse_args(argv)
     keep_freed_memory()
     device, why_device = choose_device(args.device)
-    folder = Path(args.out)
-    before = read_json(folder / "config.json") if (folder / "config.json").exists() else None
     dtype, why_dtype = choose_dtype(args.dtype, device)
     args.dtype = str(dtype).removeprefix("torch.")  # so that a resumed run computes as before
     print(f"device {device}: {why_device}; {args.dtype}: {why_dtype}")
 
-    base_from = None
+    # First everything is checked: until then the folder gets a cache of tokens and nothing else.
+    folder, base_path = Path(args.out), Path(args.out) / "base.safetensors"
+    trained = base_path if base_path.with_suffix(".last.safetensors").exists() else None
     if args.base != "scratch":
-        base_from = read_tensors(args.base)
-        config = GPTConfig(**base_from[1]["plan"]["config"])
-        if args.block_size and args.block_size > config.block_size:
-            raise UserError(f"--block-size {args.block_size}: the base has {config.block_size}")
+        trained = trained or Path(args.base)
+        config = GPTConfig(**read_tensors(trained)[1]["plan"]["config"])
     else:
         args.size = args.size or ("small" if device.type == "cuda" else "nano")
         config = GPTConfig(**SIZES[args.size], dropout=args.dropout)
+        config.block_size = args.block_size or config.block_size
     args.block_size = args.block_size or config.block_size
-    if before:
-        for key in ONCE:
-            if before["args"][key] != getattr(args, key):
-                flag = key.replace("_", "-")
-                raise UserError(
-                    f"{folder} is a run with --{flag} {before['args'][key]}, not "
-                    f"{getattr(args, key)}; choose another --out, or say the same"
-                )
-    elif folder.exists() and any(p.name != "cache" for p in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no run; choose another --out")
-
-    corpus = Corpus(args.dataset, args.data_dir)
+    if args.block_size > config.block_size:
+        raise UserError(f"--block-size {args.block_size}: {args.base} reads {config.block_size}")
+    corpus = open_corpus(args, before)
     if corpus.dropped:
         print(f"{corpus.dropped} records left out: their response is blank")
-    if before and before["data"] != corpus.fingerprint:
-        raise UserError(f"{folder} was trained on another text than {args.dataset} has now; "
-                        f"choose another --out")
-    if before:
-        tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    elif base_from:
-        tokenizer = Tokenizer.load(Path(args.base).parent / "tokenizer.json")
+    if before or args.base != "scratch":
+        tokenizer = Tokenizer.load((folder if before else trained.parent) / "tokenizer.json")
     elif args.tokenizer == "gpt2":
         tokenizer = Tokenizer({"name": "gpt2"})
     else:
-        texts = (d.prompt + d.text for d in corpus.documents("train"))
+        texts = (document.prompt + document.text for document in corpus.documents("train"))
         tokenizer = Tokenizer.train(texts, args.vocab_size)
-    if base_from and base_from[1]["plan"]["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"{args.base} was trained with another tokenizer than the one beside it")
+    config.vocab_size = tokenizer.vocab_size
     examples = load_examples(corpus, tokenizer, args.block_size, folder / "cache")
     for split, table in examples.items():
         print(f"{split}: {len(table):,} examples, {table.length.sum():,} tokens, "
               f"{(table.length - table.prompt).sum():,} of them scored")
-
-    # Everything has been checked: from here on the folder is written to.
-    tokenizer.save(folder / "tokenizer.json")
-    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device")}
-    write_json(folder / "config.json", {
-        "args": settings, "data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint,
-        "torch": torch.__version__,
-    })
     run = Run(folder, device, dtype, tokenizer, examples)
+    adapters = [(m, seed) for seed in args.seeds for m in args.methods if m != "frozen"]
+    if trained:
+        run.base = load_base(trained, device)
+        if read_tensors(trained)[1]["plan"]["tokenizer"] != tokenizer.fingerprint:
+            raise UserError(f"{trained} was trained with another tokenizer than the one beside it")
+        for adapter in adapters:
+            is_finished(adapter_path(run, *adapter), adapter_plan(run, args, *adapter), args.resume)
+        print(f"base: {trained}, trained before")
+
     try:
-        if base_from:
-            path = folder / "base.safetensors"
-            run.base = GPT(config).to(device)
-            load_weights(run.base, base_from[0], args.base)
-            write_tensors(path, *base_from)
-        else:
-            config.block_size, config.vocab_size = args.block_size, tokenizer.vocab_size
-            run.base = train_base(run, args, config)
-        run.base.requires_grad_(False)
-        run.base_fingerprint = fingerprint(run.base)
-        for seed in args.seeds:
-            for method in args.methods:
-                if method != "frozen":
-                    train_adapter(run, args, method, seed)
+        write_settings(run, args, corpus)
+        if run.base is None:
+            train_base(run, args, config)
+            run.base = load_base(base_path, device)
+        elif trained != base_path:
+            for suffix in (".safetensors", ".last.safetensors"):
+                write_tensors(base_path.with_suffix(suffix), *read_tensors(trained))
+        for adapter in adapters:
+            train_adapter(run, args, *adapter)
     except KeyboardInterrupt:
         print(f"stopped; go on with: python train.py --resume --out {folder}", file=sys.stderr)
         sys.exit(130)

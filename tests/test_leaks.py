@@ -23,14 +23,17 @@ def tiny_base():
 
 def trained(base, method, form="full", scope="prompt", examples=None):
     """A model whose adapters do something, and the plan that goes with it."""
-    model = adapt(base, method, rank=2, alpha=4.0, head_form=form, n_clusters=2).eval()
+    plan = {"method": method, "rank": 2, "alpha": 4.0, "head_form": form, "clusters": 2,
+            "stat_scope": scope, "cluster_size": 2, "seed": 0}
+    if method == "frozen":
+        return base, plan
+    model = adapt(base, plan).eval()
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.3)
-    plan = {"method": method, "seed": 0, "stat_scope": scope, "cluster_size": 2}
     if model.lm_head.needs_statistics:
         model.lm_head.fit_clusters(
-            Prompts(examples, base.transformer.wte, scope), 2, torch.Generator().manual_seed(0))
+            Prompts(examples, base.transformer.wte, scope), torch.Generator().manual_seed(0))
     return model, plan
 
 
@@ -43,7 +46,7 @@ def table(tokens):
 @torch.no_grad()
 def all_logits(model, plan, tokens, inference, control):
     examples = table(tokens)
-    context = company(model.lm_head, examples, model.transformer.wte, plan, inference, control)
+    context = company(model, examples, plan, inference, control)
     return model(examples.batch(np.arange(N))[0], **context)
 
 
@@ -116,7 +119,7 @@ def test_an_edited_word_moves_no_score_of_another_row(method, form, scope, tmp_p
         base = GPT(GPTConfig(T, tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=8)).eval()
         model, plan = trained(base, method, form, scope, found)
         plan["cluster_size"] = 5
-        context = company(model.lm_head, found, base.transformer.wte, plan, "fit")
+        context = company(model, found, plan, "fit")
         rows, _ = found.rows(np.arange(len(found)))
         return score(model, found, 4, torch.no_grad(), **context)[0], rows, found.prompt
 

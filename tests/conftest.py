@@ -1,0 +1,39 @@
+import random
+
+import pytest
+
+import model
+
+WORDS = (
+    "the of and a river stone cloud house green seven light apple walks under over sings "
+    "quietly winter summer road"
+).split()
+
+
+@pytest.fixture
+def tiny_size(monkeypatch):
+    """`--size tiny`: a base that trains in no time."""
+    shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=24)
+    monkeypatch.setitem(model.SIZES, "tiny", shape)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of .txt files on two topics: words of one half of the list, or of the other."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    for i in range(8):
+        words = WORDS[:10] if i % 2 else WORDS[10:]
+        lines = (" ".join(draw.choices(words, k=12)) for _ in range(40))
+        (folder / f"text{i}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def arguments(tiny_size, corpus, tmp_path):
+    """Command line of a small run that trains all three methods in about a second."""
+    return [
+        "--dataset", str(corpus), "--size", "tiny", "--vocab-size", "300", "--batch-size", "16",
+        "--dtype", "float32", "--device", "cpu", "--base-epochs", "1", "--evaluations", "3",
+        "--dropout", "0.1", "--max-steps", "9", "--out", str(tmp_path / "run"),
+    ]

@@ -1,0 +1,147 @@
+"""Both programs from their command lines: a run in miniature, and what it leaves behind."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval
+import train
+from data import Tokenizer
+from files import UserError, read_tensors
+
+
+@pytest.fixture
+def run(arguments, tmp_path, capsys):
+    arguments = [*arguments, "--max-steps", "40", "--base-epochs", "8", "--epochs", "3",
+                 "--base-lr", "1e-2", "--seeds", "0,1"]
+    folder = train.main(arguments)
+    capsys.readouterr()
+    return folder, arguments
+
+
+def test_a_run_leaves_what_the_readme_promises_and_scores_add_up(run, capsys):
+    folder, _ = run
+    entries = eval.main([str(folder)])
+    names = {entry["name"] for entry in entries}
+    assert names == {"frozen", "lora", "chameleon", "chameleon, own prompt only",
+                     "chameleon, shuffled", "chameleon, constant"}
+    assert len(entries) == 1 + 2 * 5  # two seeds
+
+    saved = json.loads((folder / "results.json").read_text())
+    assert saved["entries"] == json.loads(json.dumps(entries))
+    vocabulary = Tokenizer.load(folder / "tokenizer.json").vocab_size
+    for split in ("validation", "test"):
+        scored = {entry[split]["n_tokens"] for entry in entries}
+        assert len(scored) == 1  # the same tokens for every method
+        for entry in entries:
+            found = entry[split]
+            assert found["loss"] == pytest.approx(found["nll_sum"] / found["n_tokens"])
+            assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+            assert found["loss"] < 0.7 * math.log(vocabulary)
+    by_name = {(entry["name"], entry["seed"]): entry for entry in entries}
+    for method in ("lora", "chameleon"):
+        for seed in (0, 1):
+            path = folder / "adapters" / f"{method}-seed{seed}.safetensors"
+            entry, tensors = by_name[method, seed], read_tensors(path)[0]
+            assert entry["bytes"] == path.stat().st_size
+            trained = sum(t.numel() for name, t in tensors.items()
+                          if "lora_" in name or "hypernetwork" in name)
+            assert entry["parameters"] == trained
+            assert not any("wte" in name for name in tensors)  # adapter weights only
+            # eval.py finds what training found, at its best evaluation
+            records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+            best = min(r["loss"] for r in records if (r["method"], r["seed"]) == (method, seed))
+            assert entry["validation"]["loss"] == pytest.approx(best, rel=1e-6)
+
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 3 * (1 + 2 * 2)
+    assert all(list(r) == ["method", "seed", "step", "tokens", "split", "nll_sum", "n_tokens",
+                           "loss"] for r in records)
+    table = (folder / "results.md").read_text()
+    assert table in capsys.readouterr().out
+    assert table.count("±") > 10 and "| frozen |" in table
+    for name in ("loss.png", "clusters.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_next_call_into_a_folder_reuses_base_and_adapters(run):
+    folder, arguments = run
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    train.main([*arguments, "--seeds", "0,1,2", "--methods", "lora"])
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items())
+    assert (folder / "adapters" / "lora-seed2.safetensors").exists()
+
+
+def test_a_base_of_another_run_is_taken_with_its_tokenizer(run, tmp_path):
+    folder, arguments = run
+    train.main([*arguments, "--base", str(folder / "base.safetensors"), "--methods", "lora",
+                "--out", str(tmp_path / "second")])
+    for name in ("tokenizer.json", "base.safetensors"):
+        assert (tmp_path / "second" / name).read_bytes() == (folder / name).read_bytes()
+    assert eval.main([str(tmp_path / "second")])[0]["validation"] == eval.main([str(folder)])[0][
+        "validation"]
+
+
+def test_an_adapter_of_another_base_is_refused(run, tmp_path):
+    folder, arguments = run
+    other = train.main([*arguments, "--base-lr", "3e-3", "--methods", "frozen",
+                        "--out", str(tmp_path / "other")])
+    (other / "adapters").mkdir()
+    for path in (folder / "adapters").iterdir():
+        (other / "adapters" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="another base"):
+        eval.main([str(other)])
+
+
+def test_full_scope_says_that_it_leaks(arguments, tmp_path):
+    folder = train.main([*arguments, "--methods", "chameleon", "--stat-scope", "full",
+                         "--inference", "assign", "--head-form", "light"])
+    names = [entry["name"] for entry in eval.main([str(folder)])]
+    assert all("LEAKS" in name for name in names if name != "frozen")
+    assert "LEAKS" in (folder / "results.md").read_text()
+
+
+@pytest.mark.parametrize("options", [[], ["--method", "lora"], ["--method", "frozen"],
+                                     ["--inference", "assign", "--seed", "1"]])
+def test_prompts_are_clustered_and_continued(run, tmp_path, capsys, options):
+    folder, _ = run
+    file = tmp_path / "prompts.txt"
+    file.write_text("the river of stone\n\nwinter sings quietly\nthe apple and the house\n")
+    found = eval.main([str(folder), "--prompts", str(file), "--max-new-tokens", "5",
+                       "--temperature", "0", *options])
+    again = eval.main([str(folder), "--prompts", str(file), "--max-new-tokens", "5",
+                       "--temperature", "0", *options])
+    assert len(found) == 3 and found == again and all(0 < len(row) <= 5 for row in found)
+    out = capsys.readouterr().out
+    assert all(line in out for line in file.read_text().split("\n"))
+    file.write_text("alone\n")  # a single request is served too
+    assert len(eval.main([str(folder), "--prompts", str(file), *options])) == 1
+
+
+@pytest.mark.parametrize("text, options, said", [
+    ("river " * 200, [], "reads 24 at most"),
+    ("\n \n", [], "no prompt"),
+    ("river", ["--method", "magic"], "magic"),
+    ("river", ["--temperature", "-1"], "--temperature"),
+    (b"\xff\xfe", [], "prompts"),
+])
+def test_prompts_that_cannot_be_served_are_told_in_one_line(run, tmp_path, text, options, said):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=said) as error:
+        eval.main([str(run[0]), "--prompts", str(file), *options])
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_run_is_told_in_one_line_with_status_2(tmp_path):
+    root = Path(__file__).parent.parent
+    for program, arguments in (("eval.py", [str(tmp_path)]), ("train.py", ["--rank", "0"])):
+        done = subprocess.run([sys.executable, str(root / program), *arguments], cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1 and program in done.stderr
+        assert not list(tmp_path.iterdir())

@@ -1,0 +1,328 @@
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from data import IGNORE, Examples
+from files import UserError
+from hypernet import ChameleonHead, Prompts
+from model import GPT, GPTConfig, LMHead, LoRAHead
+from train import adapt, company, learning_rate, row_losses, score, shuffled
+
+# ------------------------------------------------------------------------------------- schedule
+
+
+@given(st.integers(1, 3000), st.floats(1e-6, 1))
+def test_learning_rate_warms_up_to_the_peak_and_falls_to_a_tenth(total, peak):
+    rates = [learning_rate(step, total, peak) for step in range(total)]
+    top = rates.index(max(rates))
+    assert max(rates) == pytest.approx(peak)
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert min(rates[top:]) >= 0.1 * peak * (1 - 1e-9)
+    if total > 100:
+        assert rates[-1] == pytest.approx(0.1 * peak, rel=0.02)
+
+
+def test_batches_of_an_epoch_are_the_same_again_and_of_others_are_not():
+    as_lists = [[b.tolist() for b in shuffled(50, 8, seed, epoch)]
+                for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert as_lists[0] == as_lists[1]
+    assert as_lists[0] != as_lists[2] != as_lists[3] != as_lists[0]
+
+
+# --------------------------------------------------------------------------------------- metric
+
+V, C, T = 30, 8, 12
+
+
+HEADS = {
+    "frozen": lambda W: LMHead(W),
+    "lora": lambda W: LoRAHead(W, 2, 2.0),
+    "chameleon full": lambda W: ChameleonHead(W, 2, 2.0, "full"),
+    "chameleon light": lambda W: ChameleonHead(W, 2, 2.0, "light"),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("bytes_at_a_time", [1, 1 << 20])
+def test_row_losses_equal_cross_entropy_and_so_do_their_gradients(
+    head, bytes_at_a_time, monkeypatch
+):
+    monkeypatch.setattr(train, "LOGITS_BYTES", bytes_at_a_time)
+    torch.manual_seed(0)
+    head = HEADS[head](torch.randn(V, C, dtype=torch.float64)).double()
+    for p in head.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    hidden = torch.randn(5, T, C, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(V, (5, T))
+    targets[:, :3] = IGNORE  # prompts
+    targets[2, 7:] = IGNORE  # padding
+    statistics, cluster = torch.randn(2, C, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
+    trained = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    found = row_losses(head, hidden, targets, statistics, cluster)
+    logits = head(hidden, statistics, cluster)
+    for row in range(5):
+        scored = targets[row] != IGNORE
+        expected = -logits[row].log_softmax(-1)[scored, targets[row, scored]].sum()
+        torch.testing.assert_close(found[row].double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    for mine, theirs in zip(torch.autograd.grad(found.sum(), trained),
+                            torch.autograd.grad(expected, trained), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def examples_of(lengths, prompts, seed=0):
+    lengths = np.array(lengths)
+    tokens = np.random.default_rng(seed).integers(0, V, lengths.sum())
+    start = np.cumsum(lengths) - lengths
+    return Examples(tokens, start, lengths, np.array(prompts), np.arange(len(lengths)))
+
+
+def slow_score(model, examples, context, whole):
+    """One row at a time, unpadded, one token at a time."""
+    losses = []
+    for i in range(len(examples)):
+        row = torch.from_numpy(examples.tokens[examples.start[i] :][: examples.length[i]])
+        one = {}
+        if context:
+            one = {"statistics": context["statistics"], "cluster": context["cluster"][i : i + 1]}
+        log_p = model(row[None, :-1], **one)[0].log_softmax(-1)
+        first = 1 if whole else examples.prompt[i]
+        losses.append(-sum(log_p[t - 1, row[t]].item() for t in range(first, len(row))))
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("whole", [False, True])
+@torch.no_grad()
+def test_scores_do_not_depend_on_batch_size_or_padding_and_equal_a_slow_loop(method, whole):
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(T, V, n_layer=1, n_head=2, n_embd=C))
+    plan = {"method": method, "rank": 2, "alpha": 4.0, "head_form": "full", "clusters": 2,
+            "stat_scope": "prompt", "cluster_size": 3, "seed": 0}
+    model = base if method == "frozen" else adapt(base, plan)
+    model.eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    examples = examples_of([13, 5, 2, 9, 13, 7, 4], [3, 1, 1, 8, 3, 2, 3])
+    context = {}
+    if method == "chameleon":
+        model.lm_head.fit_clusters(
+            Prompts(examples, base.transformer.wte), torch.Generator().manual_seed(0))
+        context = company(model, examples, plan, "fit")
+    expected = slow_score(model, examples, context, whole)
+    first = 1 if whole else examples.prompt
+    for batch_size in (1, 3, 100):
+        losses, counts = score(model, examples, batch_size, torch.no_grad(), **context,
+                               whole=whole)
+        np.testing.assert_allclose(losses, expected, rtol=1e-4)
+        assert np.array_equal(counts, examples.length - first)
+
+
+def test_controls_change_the_statistics_and_nothing_else():
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(T, V, n_layer=1, n_head=2, n_embd=C))
+    plan = {"method": "chameleon", "rank": 2, "alpha": 4.0, "head_form": "full", "clusters": 3,
+            "stat_scope": "prompt", "cluster_size": 4, "seed": 0}
+    model = adapt(base, plan)
+    head = model.lm_head
+    examples = examples_of([13] * 12, [3] * 12)
+    prompts = Prompts(examples, base.transformer.wte)
+    head.fit_clusters(prompts, torch.Generator().manual_seed(0))
+    found = {control: company(model, examples, plan, "fit", control)
+             for control in (None, "own prompt only", "shuffled", "constant")}
+    real = found[None]["statistics"]
+    for control in ("shuffled", "constant"):
+        assert torch.equal(found[control]["cluster"], found[None]["cluster"])
+    own = found["own prompt only"]
+    torch.testing.assert_close(own["statistics"][own["cluster"]], prompts.mean)
+    assert sorted(found["shuffled"]["statistics"].tolist()) == sorted(real.tolist())
+    assert not (found["shuffled"]["statistics"] == real).all(dim=1).any()
+    assert torch.equal(found["constant"]["statistics"], head.center.expand_as(real))
+
+
+# --------------------------------------------------------------------------- interrupt and resume
+
+
+def run_of(arguments, out):
+    return [*arguments[:-1], str(out)]
+
+
+def contents(folder):
+    """Bytes of every file of a run, but for its cache and the seconds that training took."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "cache" not in path.parts:
+            name = str(path.relative_to(folder))
+            if path.suffix == ".safetensors":
+                tensors, info = train.read_tensors(path)
+                info["done"].pop("seconds")
+                found[name] = (info, {k: t.numpy().tobytes() for k, t in tensors.items()})
+            else:
+                found[name] = path.read_bytes()
+    return found
+
+
+@pytest.fixture
+def uninterrupted(arguments, tmp_path):
+    train.main(run_of(arguments, tmp_path / "whole"))
+    return contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("state", range(1, 10))  # 3 evaluations of each of base, lora, chameleon
+def test_interrupted_after_any_evaluation_and_resumed_a_run_ends_the_same(
+    state, arguments, uninterrupted, tmp_path, monkeypatch
+):
+    write, count = train.write_tensors, 0
+
+    def write_then_interrupt(path, *rest):
+        nonlocal count
+        write(path, *rest)
+        count += str(path).endswith(".state.safetensors")
+        if count == state and str(path).endswith(".state.safetensors"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_tensors", write_then_interrupt)
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments)
+    assert stop.value.code == 130
+    train.main(["--resume", "--out", arguments[-1]])
+    assert contents(tmp_path / "run") == uninterrupted
+
+
+def test_interrupted_between_evaluations_twice_a_run_ends_the_same(
+    arguments, uninterrupted, tmp_path, monkeypatch
+):
+    original = train.learning_rate
+    for at in (2, 4):  # steps into this call
+        steps = iter(range(1000))
+
+        def interrupt(*args, at=at, steps=steps):
+            if next(steps) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "learning_rate", interrupt)
+            with pytest.raises(SystemExit):
+                train.main(run_of(arguments, tmp_path / "run") if at == 2 else
+                           ["--resume", "--out", arguments[-1]])
+    train.main(["--resume", "--out", arguments[-1]])
+    assert contents(tmp_path / "run") == uninterrupted
+
+
+def test_killed_between_a_record_and_its_checkpoint_no_record_is_doubled(
+    arguments, uninterrupted, tmp_path, monkeypatch
+):
+    write, count = train.write_tensors, 0
+
+    def die(path, *rest):
+        nonlocal count
+        count += str(path).endswith(".state.safetensors")
+        if count == 2:
+            raise ZeroDivisionError  # stands for kill -9: nothing below gets to clean up
+        write(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_tensors", die)
+        with pytest.raises(ZeroDivisionError):
+            train.main(arguments)
+    train.main(["--resume", "--out", arguments[-1]])
+    assert contents(tmp_path / "run") == uninterrupted
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--rank", "0"], "--rank"), (["--clusters", "0"], "--clusters"),
+    (["--batch-size", "-1"], "--batch-size"), (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"),
+    (["--epochs", "x"], "--epochs"), (["--methods", "lora,magic"], "magic"),
+    (["--seeds", "1,b"], "--seeds"), (["--dataset", "nowhere"], "nowhere"),
+    (["--dropout", "1.5"], "--dropout"), (["--size", "huge"], "--size"),
+    (["--vocab-size", "100"], "--vocab-size"), (["--block-size", "100000"], "--block-size"),
+    (["--base", "nowhere.safetensors"], "nowhere.safetensors"), (["--no-such-flag"], "no-such"),
+    (["--resume"], "holds no run"), (["--device", "mps"], "--device mps"),
+])
+def test_bad_arguments_are_told_in_one_line(flags, said, arguments, tmp_path):
+    with pytest.raises(UserError) as error:
+        train.main([*arguments[:-2], *flags, "--out", arguments[-1]])
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.fixture
+def finished(arguments, tmp_path):
+    train.main([*arguments, "--methods", "frozen,lora"] )
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--block-size", "12"], "--block-size 24, not 12"),
+    (["--vocab-size", "280"], "--vocab-size 300, not 280"),
+    (["--dataset", "pydocs"], "--dataset"),
+    (["--base-epochs", "2"], "--base-epochs"),
+    (["--rank", "3"], "rank = 4, not 3"),
+])
+def test_a_run_of_other_settings_is_refused_and_nothing_is_overwritten(
+    flags, said, arguments, finished
+):
+    before = contents(finished)
+    with pytest.raises(UserError, match=said) as error:
+        train.main([*arguments, "--methods", "lora", *flags])
+    assert "\n" not in str(error.value)
+    assert contents(finished) == before
+
+
+def test_another_text_in_the_same_place_is_refused(arguments, finished, tmp_path, corpus):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in corpus.glob("*.txt"):
+        (other / path.name).write_text(path.read_text().replace("river", "ocean"))
+    config = json.loads((finished / "config.json").read_text())
+    config["args"]["dataset"] = str(other)
+    (finished / "config.json").write_text(json.dumps(config))
+    before = contents(finished)
+    with pytest.raises(UserError, match="another text"):
+        train.main([*arguments, "--dataset", str(other)])
+    assert contents(finished) == before
+
+
+def test_a_folder_of_something_else_is_left_alone(arguments, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not empty"):
+        train.main(arguments)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["base.safetensors", "adapters/lora-seed0.safetensors"])
+def test_a_truncated_checkpoint_is_named(name, arguments, finished):
+    path = finished / name
+    path.write_bytes(path.read_bytes()[:-100])
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=path.name) as error:
+        train.main([*arguments, "--methods", "frozen,lora"])
+    assert "damaged" in str(error.value) and "\n" not in str(error.value)
+    assert path.read_bytes() == before
+
+
+def test_an_unfinished_run_asks_for_resume(arguments, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", lambda *a: os.kill(os.getpid(), 2) or 1e-3)
+        with pytest.raises(SystemExit):
+            train.main(arguments)
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match="--resume"):
+        train.main(arguments)
+    assert contents(tmp_path / "run") == before
