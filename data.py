@@ -107,18 +107,19 @@ def read_wikitext(folder):
         yield Document(f"{split} {count}", "", "".join(lines), split)
 
 
-def read_sections(paths):
+def read_sections(paths, root):
     """Plain text, in sections of at most about 64 kB that end where a line ends."""
     size = min(sum(path.stat().st_size for path in paths) // 40, 1 << 16)
     for path in paths:
+        name = path.relative_to(root).as_posix()  # a key must not depend on where the folder lies
         section, length, count = [], 0, 0
         for line in read_lines(path):
             section.append(line)
             length += len(line)
             if length >= size:
-                yield Document(f"{path} {count}", "", "".join(section))
+                yield Document(f"{name} {count}", "", "".join(section))
                 section, length, count = [], 0, count + 1
-        yield Document(f"{path} {count}", "", "".join(section))
+        yield Document(f"{name} {count}", "", "".join(section))
 
 
 def read_records(path):
@@ -152,6 +153,12 @@ def record_document(record, where):
             f'{where}: expected an object with the strings "instruction" and "output" (and perhaps '
             f'"input"), or with the string "text"'
         )
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: half of a surrogate pair (a lone \\ud8.. to \\udf.. escape)"
+        ) from None
     if not instructs:
         return Document(fields["text"], "", fields["text"])
     prompt = "\n".join(filter(None, (texts[0].strip(), texts[1].strip())))
@@ -211,7 +218,7 @@ def reader(dataset, data_dir):
     records = [p for p in paths if p.suffix != ".txt"]
 
     def read():
-        yield from read_sections(texts)
+        yield from read_sections(texts, path.parent if path.is_file() else path)
         for p in records:
             yield from read_records(p)
 
@@ -227,17 +234,18 @@ class Corpus:
 
     def __init__(self, dataset, data_dir):
         self._read = reader(dataset, data_dir)
-        self.dropped, keys, digest = 0, set(), hashlib.sha256()
+        self.dropped, keys, presplit, digest = 0, set(), False, hashlib.sha256()
         for document in self._read():
             digest.update(repr(document).encode())
             self.dropped += is_unanswered(document)
+            presplit |= document.split is not None
             if document.split is None and document.text.strip():
                 keys.add(key_hash(document.key))
         self.fingerprint = digest.hexdigest()[:16]
         ordered = sorted(keys)
         held_out = max(1, round(0.05 * len(ordered)))
         self._limits = [ordered[i] for i in (held_out, 2 * held_out)] if len(keys) > 2 else None
-        if keys and not self._limits:
+        if not self._limits and not presplit:
             raise UserError(
                 f"--dataset {dataset}: {len(keys)} documents with text; at least 3 are needed, one "
                 f"each for training, validation and test"
@@ -282,6 +290,9 @@ class Tokenizer:
                 ) from None
         else:
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
+            every_byte = {bytes([byte]) for byte in range(256)}
+            if len(ranks) < len(spec["ranks"]) or not every_byte <= ranks.keys():
+                raise ValueError("a token is doubled, or a byte has none")
             self._encoding = tiktoken.Encoding(
                 spec["name"],
                 pat_str=spec["pattern"],

@@ -527,8 +527,8 @@ LONG = json.dumps([{"instruction": prose(90, i), "output": "x"} for i in range(9
 BAD = {  # --dataset: what is there, and words of the message
     "wikitext3": (None, ["wikitext3", "known name", "pydocs", "alpaca"]),
     "texts/missing.txt": (None, ["missing.txt"]),
-    "empty.txt": (b"", ["no text"]),
-    "blank.txt": (b"\n \n\n", ["no text"]),
+    "empty.txt": (b"", ["0 documents with text"]),
+    "blank.txt": (b"\n \n\n", ["0 documents with text"]),
     "table.csv": (b"a,b\n", ["table.csv", ".txt, .jsonl or .json"]),
     "one_line.txt": (b"just a line\n", ["1 documents", "at least 3"]),
     "two_lines.txt": (b"just\ntwo lines\n", ["2 documents", "at least 3"]),
@@ -617,7 +617,7 @@ def test_tensors_that_are_missing_cut_short_or_of_another_origin_are_refused(tmp
 def test_damaged_json_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     fails_in_one_line(lambda: read_json(tmp_path / "config.json"), "config.json", "is damaged")
-    fails_in_one_line(lambda: read_json(tmp_path / "none.json"), "none.json is missing")
+    fails_in_one_line(lambda: read_json(tmp_path / "none.json"), "cannot read", "none.json")
 
 
 def test_a_mistake_ends_with_status_2_and_one_line_on_stderr(capsys, monkeypatch):
