@@ -19,24 +19,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import Examples
 from files import UserError, read_tensors, run_cli, write_json, write_text
 from hypernet import Prompts
 from model import generate
-from train import (
+from run import (
     Parser,
     adapt,
     adapter_path,
     choose_device,
     choose_dtype,
-    company,
     keep_freed_memory,
     load_weights,
     open_run,
-    score,
-    scored_bytes,
-    summed,
     whole,
 )
+from scoring import company, score, scored_bytes, summed
 
 # Okabe & Ito's palette: told apart by all kinds of colour vision, and in grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -291,8 +289,10 @@ def continue_prompts(run, args):
             raise UserError(f"--method {args.method} --seed {args.seed}: {path} does not exist; "
                             f"there is {', '.join(p.stem for p in adapter_paths(run.folder))}")
         model, plan = load_adapter(run, path)
-    requests = company(model, PromptList(prompts), plan,
-                       args.inference or plan.get("inference"))
+    length = np.array([len(prompt) for prompt in prompts])
+    requests = company(  # rows that are all prompt
+        model, Examples(np.concatenate(prompts), length.cumsum() - length, length, length,
+                        np.arange(len(length))), plan, args.inference or plan.get("inference"))
     with run.autocast:
         continuations = generate(
             model, prompts, args.max_new_tokens, **requests, temperature=args.temperature,
@@ -307,23 +307,6 @@ def continue_prompts(run, args):
             if mine == group:
                 print(f"\n{text}[{run.tokenizer.decode(tokens)}]")
     return continuations
-
-
-class PromptList:
-    """Prompts as `Prompts` reads them from `Examples`: rows, and a mask of what is real."""
-
-    def __init__(self, prompts):
-        self.length = np.array([len(prompt) for prompt in prompts])
-        self.tokens = torch.zeros(len(prompts), self.length.max(), dtype=torch.int64)
-        for row, prompt in zip(self.tokens, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def prompts(self, index, scope):
-        real = torch.arange(self.tokens.shape[1]) < torch.from_numpy(self.length)[index, None]
-        return self.tokens[index], real
 
 
 # ---------------------------------------------------------------------------------------- main

@@ -19,77 +19,46 @@ A run folder holds
 """
 
 import argparse
-import copy
-import ctypes
-import functools
-import hashlib
 import json
 import math
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from cluster import cluster_batches
-from data import IGNORE, Corpus, Tokenizer, load_examples
-from files import UserError, read_json, read_tensors, run_cli, write_json, write_tensors, write_text
-from hypernet import ChameleonHead, Prompts
-from model import GPT, SIZES, GPTConfig, LoRAHead, add_lora
+from data import IGNORE, Tokenizer, load_examples
+from files import UserError, read_tensors, run_cli, write_json, write_tensors, write_text
+from hypernet import Prompts
+from model import GPT, SIZES, GPTConfig
+from run import (
+    Parser,
+    Run,
+    adapt,
+    adapter_path,
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+    listed,
+    load_base,
+    load_weights,
+    open_corpus,
+    positive,
+    remembered,
+    seeds,
+    weights,
+    whole,
+)
+from scoring import company, row_losses, score, scored_bytes, summed
 
 METHODS = ("frozen", "lora", "chameleon")
-LOGITS_BYTES = 1 << 28  # logits that exist at one time; more rows than that are taken in turns
-
 
 # ----------------------------------------------------------------------------------- arguments
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
-
-
-def whole(minimum):
-    def parse(text):
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum}, not {text!r}")
-        return int(text)
-
-    return parse
-
-
-def positive(text):
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-    return number
-
-
-def listed(choices):
-    def parse(text):
-        names = text.split(",")
-        for name in names:
-            if name not in choices:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(choices)}")
-        return list(dict.fromkeys(names))
-
-    return parse
-
-
-def seeds(text):
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"must be whole numbers like 0,1,2, not {text!r}")
-    return sorted({int(part) for part in text.split(",")})
 
 
 def make_parser():
@@ -178,65 +147,6 @@ def parse_args(argv):
     return args, config
 
 
-# -------------------------------------------------------------------------- device and numbers
-
-
-def choose_device(name):
-    """Device, and why."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(device for device, present in there.items() if present)
-        return torch.device(name), "the first of cuda, mps, cpu that is here"
-    if not there[name]:
-        raise UserError(f"--device {name}: this machine or this build of torch has none")
-    return torch.device(name), "asked for"
-
-
-def choose_dtype(name, device):
-    """Type of matrix products, and why. On a CPU it is measured: the instructions differ."""
-    if name != "auto":
-        return getattr(torch, name), "asked for"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU has it"
-        return torch.float32, "this GPU has no bfloat16"
-    if device.type == "mps":
-        return torch.float32, "the safe choice on MPS"
-
-    def seconds(dtype):
-        a = torch.ones(1024, 1024, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    ratio = seconds(torch.float32) / seconds(torch.bfloat16)
-    dtype = torch.bfloat16 if ratio > 1.5 else torch.float32
-    return dtype, f"bfloat16 multiplies {ratio:.1f} times as fast as float32 here"
-
-
-def keep_freed_memory():
-    """Have glibc reuse large blocks instead of returning them to the system at every step.
-
-    Each step allocates the same blocks again, and fresh pages cost a page fault each: with this,
-    a nano step took 0.7 of its time (2-core CPU). Elsewhere than on glibc it does nothing.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-        libc.mallopt(option, 1 << 30)
-    libc.mallopt(M_TOP_PAD, 1 << 28)
-
-
 def learning_rate(step, total, peak):
     """Linear warm-up over the first 5% of `total` steps, then a cosine down to 10% of `peak`."""
     warmup = max(1, round(0.05 * total))
@@ -244,76 +154,6 @@ def learning_rate(step, total, peak):
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-# ------------------------------------------------------------------------------------- scoring
-
-
-def row_losses(head, hidden, targets, statistics=None, cluster=None):
-    """Summed negative log-likelihood (B,) of each row's scored targets, in nats.
-
-    hidden (B, T, C), targets (B, T) with IGNORE where nothing is scored. The head is applied to
-    as many rows at a time as LOGITS_BYTES allows; in training the logits are then computed again
-    for the backward pass instead of being kept.
-    """
-    # Positions before the first scored one in any row need no logits: a quarter of running text.
-    first = int((targets != IGNORE).any(dim=0).int().argmax())
-    hidden, targets = hidden[:, first:], targets[:, first:]
-
-    def part(hidden, targets, cluster):
-        logits = head(hidden, statistics, cluster).float()  # (b, T, V)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
-        )
-        return losses.view(targets.shape).sum(dim=1)  # (b * T,) -> (b,)
-
-    rows = max(1, LOGITS_BYTES // (4 * targets.shape[1] * head.weight.shape[0]))
-    if cluster is None:
-        cluster = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
-    parts = list(zip(hidden.split(rows), targets.split(rows), cluster.split(rows), strict=True))
-    if len(parts) > 1 and torch.is_grad_enabled():
-        return torch.cat([checkpoint(part, *p, use_reentrant=False) for p in parts])
-    return torch.cat([part(*p) for p in parts])
-
-
-def summed(losses, counts):
-    """What `score` returns, as metrics.jsonl and results.json have it."""
-    nll, n = float(losses.sum()), int(counts.sum())
-    return {"nll_sum": nll, "n_tokens": n, "loss": nll / n}
-
-
-def scored_bytes(examples, sizes, whole=False):
-    """Bytes of text that the scored tokens stand for; sizes (V,) from `bytes_per_token`."""
-    total = 0
-    for index in torch.arange(len(examples)).split(1024):
-        targets = examples.batch(index, whole)[1]
-        total += int(sizes[targets[targets != IGNORE]].sum())
-    return total
-
-
-@torch.no_grad()
-def score(model, examples, batch_size, autocast, statistics=None, cluster=None, whole=False):
-    """Score every example: losses (N,) in nats, float64, and scored tokens (N,).
-
-    statistics (K, C) and cluster (N,) are the company that the examples keep: chosen for all of
-    them together, so that no result depends on `batch_size`.
-    """
-    device = next(model.parameters()).device
-    model.eval()
-    losses, counts = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
-    by_length = np.argsort(examples.length, kind="stable")  # little padding within a batch
-    for index in np.split(by_length, range(batch_size, len(examples), batch_size)):
-        tokens, targets = (t.to(device) for t in examples.batch(index, whole))
-        s, c = statistics, None
-        if cluster is not None:
-            used, c = cluster[torch.from_numpy(index).to(cluster.device)].unique(
-                return_inverse=True)
-            s = statistics[used]
-        with autocast:
-            rows = row_losses(model.lm_head, model.hidden(tokens), targets, s, c)
-        losses[index] = rows.double().cpu().numpy()
-        counts[index] = (targets != IGNORE).sum(dim=1).cpu().numpy()
-    return losses, counts
 
 
 # ------------------------------------------------------------------------------------ training
@@ -336,52 +176,6 @@ def interruptible():
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@dataclass
-class Run:
-    """A run folder and what it takes to train or score in it."""
-
-    folder: Path
-    device: torch.device
-    dtype: torch.dtype
-    tokenizer: Tokenizer
-    examples: dict  # split -> Examples
-    base: GPT | None = None
-
-    @functools.cached_property
-    def base_fingerprint(self):
-        """Adapters remember it: they fit no other base."""
-        digest = hashlib.sha256(json.dumps(asdict(self.base.config)).encode())
-        for _, p in sorted(self.base.named_parameters()):
-            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
-
-    @property
-    def autocast(self):
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
-
-def weights(model):
-    """What a checkpoint holds: the trained parameters, and a chameleon head's buffers."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return trained | dict(model.named_buffers())
-
-
-@torch.no_grad()
-def load_weights(model, tensors, path):
-    wanted = weights(model)
-    if wanted.keys() != tensors.keys() or any(
-        wanted[name].shape != tensor.shape for name, tensor in tensors.items()
-    ):
-        odd = sorted(wanted.keys() ^ tensors.keys()) or [
-            f"{n} {tuple(t.shape)}" for n, t in tensors.items() if t.shape != wanted[n].shape
-        ]
-        raise UserError(f"{path} does not fit this model ({odd[0]}); it is from another setting")
-    for name, tensor in tensors.items():
-        wanted[name].copy_(tensor)
 
 
 def parameter_groups(model):
@@ -442,7 +236,9 @@ def fit(run, path, model, plan, batches, batch_loss, evaluate):
             },
             "param_groups": optimizer.state_dict()["param_groups"],
         })
-        set_generators(under(tensors, "generator."))
+        for n, module in generators().items():
+            if f"generator.{n}" in tensors:
+                module.set_rng_state(tensors[f"generator.{n}"])
         print(f"  {name}: going on from step {done['step']} of {total}")
     drop_records(run.folder / "metrics.jsonl", plan["method"], plan["seed"], done["step"])
 
@@ -453,8 +249,8 @@ def fit(run, path, model, plan, batches, batch_loss, evaluate):
             for key in ("exp_avg", "exp_avg_sq")
         }
         current = {f"model.{n}": tensor for n, tensor in weights(model).items()}
-        generators = {f"generator.{n}": tensor for n, tensor in get_generators().items()}
-        write_tensors(state_path, current | moments | generators, {"plan": plan, "done": done})
+        draws = {f"generator.{n}": module.get_rng_state() for n, module in generators().items()}
+        write_tensors(state_path, current | moments | draws, {"plan": plan, "done": done})
 
     evaluate_at = {round(total * (i + 1) / plan["evaluations"]) for i in range(plan["evaluations"])}
     epoch, epoch_batches = None, []
@@ -512,18 +308,14 @@ def under(tensors, prefix):
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
-def get_generators():
-    """States of the generators that dropout draws from; batches have generators of their own."""
-    states = {"cpu": torch.get_rng_state()}
+def generators():
+    """What dropout draws from, by name; batches have generators of their own."""
+    found = {"cpu": torch}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_generators(states):
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+        found["cuda"] = torch.cuda
+    if torch.backends.mps.is_available():
+        found["mps"] = torch.mps
+    return found
 
 
 def is_finished(path, plan, resume):
@@ -565,27 +357,22 @@ def shuffled(n_examples, batch_size, seed, epoch, cluster=None):
 # -------------------------------------------------------------------------------- base, adapters
 
 
-def load_base(path, device):
-    """The frozen base of a run folder, or of a run that --base names."""
-    tensors, info = read_tensors(path)
-    model = GPT(GPTConfig(**info["plan"]["config"]))
-    load_weights(model, tensors, path)
-    return model.to(device).requires_grad_(False)
+def base_plan(run, args, config):
+    """Everything that shapes the base's training, as its file will remember it."""
+    return {
+        "method": "base", "seed": 0, "lr": args.base_lr, "batch_size": args.batch_size,
+        "tokenizer": run.tokenizer.fingerprint, "config": asdict(config),
+        **plan_steps(len(run.examples["train"]), args.batch_size, args.base_epochs,
+                     args.max_steps, args.evaluations),
+    }
 
 
-def train_base(run, args, config):
+def train_base(run, args, plan):
     """Train a base from scratch on whole rows, prompts included."""
     path = run.folder / "base.safetensors"
     train, validation = run.examples["train"], run.examples["validation"]
-    plan = {
-        "method": "base", "seed": 0, "lr": args.base_lr, "batch_size": args.batch_size,
-        "tokenizer": run.tokenizer.fingerprint, "config": asdict(config),
-        **plan_steps(len(train), args.batch_size, args.base_epochs, args.max_steps,
-                     args.evaluations),
-    }
-    is_finished(path, plan, args.resume)
     torch.manual_seed(0)
-    model = GPT(config).to(run.device)
+    model = GPT(GPTConfig(**plan["config"])).to(run.device)
     if args.compile:
         compile_blocks(model)
 
@@ -609,46 +396,6 @@ def compile_blocks(model):
     """In place: state_dict keys stay as they are, and all blocks share one compilation."""
     for block in model.transformer.h:
         block.compile()
-
-
-def adapt(base, plan):
-    """A copy of the frozen base with untrained adapters: its logits are still the base's."""
-    model = copy.deepcopy(base).requires_grad_(False)
-    add_lora(model, plan["rank"], plan["alpha"])
-    head = model.transformer.wte.weight, plan["rank"], plan["alpha"]
-    if plan["method"] == "lora":
-        model.lm_head = LoRAHead(*head)
-    else:
-        model.lm_head = ChameleonHead(*head, plan["head_form"], plan["clusters"])
-    return model
-
-
-def company(model, examples, plan, inference, control=None):
-    """Statistics (K, C) and cluster (N,) of held-out examples, as `score` takes them.
-
-    inference: "fit", k-means on the requests at hand, or "assign", the nearest training centroid.
-    control: None, or what replaces the statistic: "own prompt only", "shuffled" or "constant".
-    """
-    head = model.lm_head
-    if not head.needs_statistics:
-        return {}
-    prompts = Prompts(examples, model.transformer.wte, plan["stat_scope"])
-    if control == "own prompt only":
-        cluster = torch.arange(len(examples), device=prompts.mean.device)
-        return {"statistics": prompts.statistics(cluster), "cluster": cluster}
-    k = max(1, round(len(examples) / plan["cluster_size"])) if inference == "fit" else None
-    generator = torch.Generator().manual_seed(plan["seed"])
-    cluster, statistics = head.group(prompts, k, generator)
-    if control == "shuffled":  # every cluster gets another one's statistic
-        order = torch.randperm(len(statistics), generator=generator).to(statistics.device)
-        statistics = statistics[order.roll(1)[order.argsort()]]
-    elif control == "constant":
-        statistics = head.center.expand_as(statistics)
-    return {"statistics": statistics, "cluster": cluster}
-
-
-def adapter_path(run, method, seed):
-    return run.folder / "adapters" / f"{method}-seed{seed}.safetensors"
 
 
 def adapter_plan(run, args, method, seed):
@@ -699,37 +446,6 @@ def train_adapter(run, args, method, seed):
 
 
 # ---------------------------------------------------------------------------------------- main
-
-
-def remembered(folder):
-    """config.json of a run folder; None for a new or empty one."""
-    if (folder / "config.json").exists():
-        return read_json(folder / "config.json")
-    if folder.exists() and any(path.name != "cache" for path in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no run; choose another --out")
-    return None
-
-
-def open_corpus(args, config):
-    """The data set; it must be the text that the run knows, if there is a run."""
-    corpus = Corpus(args.dataset, args.data_dir)
-    if config and config["data"] != corpus.fingerprint:
-        raise UserError(f"--dataset {args.dataset} has another text than when the run was made; "
-                        f"put the old text back, or choose another --out")
-    return corpus
-
-
-def open_run(folder, device):
-    """Open a finished or half-finished run for scoring; returns it and its config.json."""
-    config = remembered(folder)
-    if config is None:
-        raise UserError(f"{folder} holds no run; train one first: python train.py")
-    args = argparse.Namespace(**config["args"])
-    corpus, tokenizer = open_corpus(args, config), Tokenizer.load(folder / "tokenizer.json")
-    examples = load_examples(corpus, tokenizer, args.block_size, folder / "cache")
-    run = Run(folder, device, getattr(torch, args.dtype), tokenizer, examples)
-    run.base = load_base(folder / "base.safetensors", device)
-    return run, config
 
 
 def write_settings(run, args, corpus):
@@ -787,11 +503,15 @@ def main(argv=None):
         for adapter in adapters:
             is_finished(adapter_path(run, *adapter), adapter_plan(run, args, *adapter), args.resume)
         print(f"base: {trained}, trained before")
+    else:
+        is_finished(base_path, plan := base_plan(run, args, config), args.resume)
+        print(f"base: {args.size}, {config.n_layer} layers of width {config.n_embd}, rows of "
+              f"{args.block_size} tokens, {args.batch_size} in a batch, {plan['steps']} steps")
 
     try:
         write_settings(run, args, corpus)
         if run.base is None:
-            train_base(run, args, config)
+            train_base(run, args, plan)
             run.base = load_base(base_path, device)
         elif trained != base_path:
             for suffix in (".safetensors", ".last.safetensors"):

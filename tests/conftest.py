@@ -1,8 +1,12 @@
 import random
 
 import pytest
+from hypothesis import settings
 
 import model
+
+settings.register_profile("steady", deadline=None)  # machines differ and are shared
+settings.load_profile("steady")
 
 WORDS = (
     "the of and a river stone cloud house green seven light apple walks under over sings "

@@ -8,7 +8,9 @@ import torch
 from data import SPLITS, Corpus, Examples, Tokenizer, load_examples
 from hypernet import Prompts
 from model import GPT, GPTConfig
-from train import METHODS, adapt, company, score
+from run import adapt
+from scoring import company, score
+from train import METHODS
 
 V, T, N = 40, 16, 6
 

@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import scoring
 import train
 from data import IGNORE, Examples
 from files import UserError
 from hypernet import ChameleonHead, Prompts
 from model import GPT, GPTConfig, LMHead, LoRAHead
-from train import adapt, company, learning_rate, row_losses, score, shuffled
+from run import adapt
+from scoring import company, row_losses, score
+from train import learning_rate, shuffled
 
 # ------------------------------------------------------------------------------------- schedule
 
@@ -56,7 +59,7 @@ HEADS = {
 def test_row_losses_equal_cross_entropy_and_so_do_their_gradients(
     head, bytes_at_a_time, monkeypatch
 ):
-    monkeypatch.setattr(train, "LOGITS_BYTES", bytes_at_a_time)
+    monkeypatch.setattr(scoring, "LOGITS_BYTES", bytes_at_a_time)
     torch.manual_seed(0)
     head = HEADS[head](torch.randn(V, C, dtype=torch.float64)).double()
     for p in head.parameters():
