@@ -245,8 +245,9 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
                                                          plan["stat_scope"]))
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     others = ~np.isin(cluster, largest)
-    axes.scatter(*plane[others].T, s=8, color="0.8", linewidths=0,
-                 label=f"{len(sizes) - len(largest)} smaller clusters")
+    if others.any():
+        axes.scatter(*plane[others].T, s=8, color="0.8", linewidths=0,
+                     label=f"{len(sizes) - len(largest)} smaller clusters")
     for i, which in enumerate(largest):
         mine = cluster == which
         words = " ".join(typical_words(tokens, mask, cluster, which, run.tokenizer))

@@ -88,9 +88,10 @@ def make_parser():
         "the largest tensor in training, grow in proportion")
     add("--base-lr", type=positive, default=3e-3, help="peak learning rate of the base")
     add("--base-epochs", type=positive, default=4.0, help="passes of the base over the data")
+    add("--base-batch-size", type=whole(1), default=16, help="rows in a step of the base")
     add("--dropout", type=float, default=0.0, help="in the base, on embedding and residuals")
-    add("--batch-size", type=whole(1), default=32, metavar="B", help="rows in a step and, on "
-        "average, in a cluster; halve it when memory runs out")
+    add("--batch-size", type=whole(1), default=32, metavar="B", help="rows in a step of an "
+        "adapter and, on average, in a cluster; memory grows in proportion")
     add("--lr", type=positive, default=1e-3, help="peak learning rate of the adapters")
     add("--epochs", type=positive, default=1.0, help="passes of each adapter over the data")
     add("--max-steps", type=whole(1), metavar="N", help="stop each training after N steps")
@@ -117,7 +118,7 @@ def make_parser():
 
 # Settings that a run folder has once; a later call into the same folder must agree with them.
 ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "base_lr",
-        "base_epochs", "dropout")
+        "base_epochs", "base_batch_size", "dropout")
 
 
 def parse_args(argv):
@@ -360,9 +361,9 @@ def shuffled(n_examples, batch_size, seed, epoch, cluster=None):
 def base_plan(run, args, config):
     """Everything that shapes the base's training, as its file will remember it."""
     return {
-        "method": "base", "seed": 0, "lr": args.base_lr, "batch_size": args.batch_size,
+        "method": "base", "seed": 0, "lr": args.base_lr, "batch_size": args.base_batch_size,
         "tokenizer": run.tokenizer.fingerprint, "config": asdict(config),
-        **plan_steps(len(run.examples["train"]), args.batch_size, args.base_epochs,
+        **plan_steps(len(run.examples["train"]), args.base_batch_size, args.base_epochs,
                      args.max_steps, args.evaluations),
     }
 
@@ -385,7 +386,7 @@ def train_base(run, args, plan):
     def evaluate():
         return score(model, validation, args.batch_size, run.autocast, whole=True)
 
-    fit(run, path, model, plan, lambda epoch: shuffled(len(train), args.batch_size, 0, epoch),
+    fit(run, path, model, plan, lambda epoch: shuffled(len(train), plan["batch_size"], 0, epoch),
         batch_loss, evaluate)
     sizes = run.tokenizer.bytes_per_token()
     nll, n_bytes = evaluate()[0].sum(), scored_bytes(validation, sizes, whole=True)
@@ -506,7 +507,7 @@ def main(argv=None):
     else:
         is_finished(base_path, plan := base_plan(run, args, config), args.resume)
         print(f"base: {args.size}, {config.n_layer} layers of width {config.n_embd}, rows of "
-              f"{args.block_size} tokens, {args.batch_size} in a batch, {plan['steps']} steps")
+              f"{args.block_size} tokens, {args.base_batch_size} in a batch, {plan['steps']} steps")
 
     try:
         write_settings(run, args, corpus)
@@ -522,8 +523,8 @@ def main(argv=None):
         print(f"stopped; go on with: python train.py --resume --out {folder}", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:
-        raise UserError("out of memory; halve --batch-size or --block-size, or take a smaller "
-                        "--size or --vocab-size") from None
+        raise UserError("out of memory; halve --batch-size, --base-batch-size or --block-size, or "
+                        "take a smaller --size or --vocab-size") from None
     print(f"done; the table and the figures: python eval.py {folder}")
     return folder
 
