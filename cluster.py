@@ -1,9 +1,9 @@
 """k-means in plain torch, and the batches that it leads to.
 
 ChameleonLLM groups the requests at hand by k-means on their token embeddings (arXiv 2502.04315).
-This is Lloyd's algorithm from greedy k-means++ seeds (Arthur & Vassilvitskii 2007), on any device,
-with memory bounded by an argument instead of growing with N x K. The published code differs: random
-seeds, always ten steps, and batches that are drawn once and then stay the same.
+This is Lloyd's algorithm from greedy k-means++ seeds (Arthur & Vassilvitskii 2007), on any device;
+it never builds an N x K table, the memory of a step is an argument. The published code differs:
+random seeds, always ten steps, and batches that are drawn once and then stay the same.
 """
 
 import math
@@ -35,7 +35,8 @@ def assign(points, centroids, max_bytes=1 << 26):
     cluster = torch.empty(len(points), dtype=torch.int64, device=points.device)
     distance = torch.empty(len(points), dtype=torch.float32, device=points.device)
     chunk = max(1, max_bytes // (4 * (len(centroids) + 2 * points.shape[1])))
-    for rows in torch.arange(len(points), device=points.device).split(chunk):
+    for start in range(0, len(points), chunk):
+        rows = slice(start, start + chunk)
         x = points[rows].float() - centre  # (n, C)
         # |x - c|^2 = |x|^2 - 2 x c + |c|^2, and |x|^2 is the same for every c.
         nearest = torch.addmm(squared, x, centroids.T, alpha=-2).argmin(dim=1)  # (n, K) -> (n,)
@@ -53,14 +54,16 @@ def seed_centroids(points, k, generator):
     """
     N = len(points)
     trials = 2 + int(4 * math.log(k))
+    wide = torch.float32 if points.device.type == "mps" else torch.float64  # MPS has no float64
     first = torch.randint(N, (1,), generator=generator, device=generator.device).to(points.device)
     chosen = [first]
     nearest = (points - points[first]).square().sum(dim=1)  # (N,) distance to the closest seed
     squared = points.square().sum(dim=1)  # (N,)
     for _ in range(k - 1):
-        weights = nearest.clamp(min=0).double().cumsum(dim=0)  # (N,)
-        drawn = torch.rand(trials, generator=generator, device=generator.device).double()
-        candidates = torch.searchsorted(weights, drawn.to(points.device) * weights[-1])
+        weights = nearest.to(wide).cumsum(dim=0)  # (N,)
+        drawn = torch.rand(trials, generator=generator, device=generator.device)
+        drawn = drawn.to(points.device).to(wide) * weights[-1]
+        candidates = torch.searchsorted(weights, drawn)
         candidates = candidates.clamp(max=N - 1)  # all weights are 0 once every point is a seed
         # (N, C) @ (C, trials) -> squared distances (N, trials)
         distance = squared[:, None] + squared[candidates] - 2 * points @ points[candidates].T
@@ -93,15 +96,15 @@ def kmeans(points, k, generator, max_iters=100, tol=1e-4, init=None, max_bytes=1
     else:
         centroids = init.float() - centre
     cluster, distance = assign(x, centroids, max_bytes)
-    inertia, iterations, converged = distance.double().sum(), 0, False
+    inertia, iterations, converged = distance.cpu().double().sum().item(), 0, False
     while iterations < max_iters and not converged:
         iterations += 1
         centroids = means(x, cluster, centroids, distance)
         before, previous = cluster, inertia
         cluster, distance = assign(x, centroids, max_bytes)
-        inertia = distance.double().sum()
-        converged = bool((cluster == before).all() | (previous - inertia <= tol * previous))
-    return KMeans(centroids + centre, cluster, inertia.item(), iterations, converged)
+        inertia = distance.cpu().double().sum().item()
+        converged = torch.equal(cluster, before) or previous - inertia <= tol * previous
+    return KMeans(centroids + centre, cluster, inertia, iterations, converged)
 
 
 def means(points, cluster, centroids, distance):

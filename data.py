@@ -33,6 +33,7 @@ from files import UserError, read_json, whole_file, write_json, write_text
 SPLITS = ("train", "validation", "test")
 IGNORE = -1  # a target that is not scored
 END = "<|endoftext|>"
+RESPONSE = "\n\n"  # between an instruction and its response; there is no other template
 # name: (repository on the Hugging Face Hub, its configuration)
 HUB = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-v1"),
@@ -74,23 +75,16 @@ def read_pydocs():
     return [document for document in documents if document.text.strip()]
 
 
-def open_text(path):
-    try:
-        return open(path, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
 def read_lines(path):
     """Lines with their newline. Only "\\n" ends a line: WikiText has Unicode separators in it."""
-    with open_text(path) as file:
-        try:
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
             yield from file
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path} is not UTF-8 ({error.reason}); convert it first, e.g. with: "
-                f"iconv -f latin1 -t utf-8"
-            ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason}); convert it first, e.g. with: "
+                        f"iconv -f latin1 -t utf-8") from None
 
 
 def read_wikitext(folder):
@@ -140,7 +134,7 @@ def read_records(path):
 def parse_json(text, where):
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
 
 
@@ -162,8 +156,7 @@ def record_document(record, where):
     if not instructs:
         return Document(fields["text"], "", fields["text"])
     prompt = "\n".join(filter(None, (texts[0].strip(), texts[1].strip())))
-    # A blank line stands between prompt and response; there is no other template.
-    return Document(prompt, prompt + "\n\n", texts[2].strip())
+    return Document(prompt, prompt + RESPONSE, texts[2].strip())
 
 
 def fetch(name, folder):
@@ -204,7 +197,7 @@ def reader(dataset, data_dir):
             return lambda: read_records(wanted)
         return lambda: read_wikitext(folder)
     path = Path(dataset)
-    if not path.exists():
+    if not dataset or not path.exists():
         known = ", ".join(["pydocs", *HUB])
         raise UserError(f"--dataset {dataset}: neither a known name ({known}) nor a file or folder")
     if all((path / f"{split}.txt").exists() for split in SPLITS):
@@ -234,11 +227,13 @@ class Corpus:
 
     def __init__(self, dataset, data_dir):
         self._read = reader(dataset, data_dir)
-        self.dropped, keys, presplit, digest = 0, set(), False, hashlib.sha256()
+        self.dropped, self.instructions = 0, False
+        keys, presplit, digest = set(), False, hashlib.sha256()
         for document in self._read():
             digest.update(repr(document).encode())
-            self.dropped += is_unanswered(document)
+            self.dropped += bool(document.prompt) and not document.text.strip()
             presplit |= document.split is not None
+            self.instructions |= bool(document.prompt)
             if document.split is None and document.text.strip():
                 keys.add(key_hash(document.key))
         self.fingerprint = digest.hexdigest()[:16]
@@ -263,10 +258,6 @@ class Corpus:
 
 def key_hash(key):
     return hashlib.sha256(f"split 0: {key}".encode()).digest()[:8]
-
-
-def is_unanswered(document):
-    return bool(document.prompt) and not document.text.strip()
 
 
 # ----------------------------------------------------------------------------------- tokenizer
@@ -338,11 +329,9 @@ class Tokenizer:
 
     def bytes_per_token(self):
         """(V,) bytes of text that each token stands for; 0 for the end token."""
-        sizes = np.zeros(self.vocab_size, dtype=np.int64)
-        for token in range(self.vocab_size):
-            if token != self.end:
-                sizes[token] = len(self._encoding.decode_single_token_bytes(token))
-        return torch.from_numpy(sizes)
+        token_bytes = self._encoding.decode_single_token_bytes
+        return torch.tensor([0 if token == self.end else len(token_bytes(token))
+                             for token in range(self.vocab_size)])
 
 
 # ------------------------------------------------------------------------------ tokens on disk
@@ -359,7 +348,7 @@ def encode(corpus, split, tokenizer, cache):
     name = hashlib.sha256(key + Path(__file__).read_bytes()).hexdigest()[:16]
     flat, index = Path(cache) / f"{split}-{name}.tokens", Path(cache) / f"{split}-{name}.npy"
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    if not index.exists():
+    if not is_whole(flat, index, np.dtype(dtype).itemsize):
         written, rows = 0, []
         with whole_file(flat) as temporary, open(temporary, "wb") as file:
             for batch in batched(corpus.documents(split), size=1 << 22):
@@ -378,6 +367,14 @@ def encode(corpus, split, tokenizer, cache):
     if rows[-1, 0] == 0:
         raise UserError(f"the {split} split has no text")
     return np.memmap(flat, dtype=dtype, mode="r"), rows
+
+
+def is_whole(flat, index, itemsize):
+    """Whether `encode` has left both files, and all of them."""
+    try:
+        return flat.stat().st_size == np.load(index)[-1, 0] * itemsize
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def batched(documents, size):

@@ -9,8 +9,6 @@ of another cluster) and constant (the training mean, which says nothing). What t
 gains over these is what conditioning is worth; the rest is a larger or longer-trained adapter.
 """
 
-import argparse
-import json
 import math
 import platform
 import time
@@ -18,22 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-from data import Examples
-from files import UserError, read_tensors, run_cli, write_json, write_text
+from common import (Parser, adapt, adapter_path, choose_device, keep_freed_memory, label,
+                    load_weights, number, open_corpus, open_run, read_plan, read_records)
+from data import RESPONSE, Examples, load_examples
+from files import UserError, run_cli, write_json, write_text
 from hypernet import Prompts
 from model import generate
-from run import (
-    Parser,
-    adapt,
-    adapter_path,
-    choose_device,
-    choose_dtype,
-    keep_freed_memory,
-    load_weights,
-    open_run,
-    whole,
-)
 from scoring import company, score, scored_bytes, summed
 
 # Okabe & Ito's palette: told apart by all kinds of colour vision, and in grey.
@@ -42,24 +32,25 @@ CONTROLS = ("own prompt only", "shuffled", "constant")
 
 
 def make_parser():
-    parser = Parser("eval.py", description="Score a run's adapters, or continue prompts with them.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("eval.py", description="Score a run's adapters, or continue prompts.")
     add = parser.add_argument
     add("run", help="run folder that train.py wrote")
     add("--inference", choices=("fit", "assign"), help="cluster requests by k-means among "
         "themselves, or by the nearest training centroid (default: as in training)")
-    add("--batch-size", type=whole(1), default=64, help="rows scored at a time; changes speed and "
-        "memory, not results")
+    add("--batch-size", type=number(int, 1), default=64, help="rows scored at a time; changes "
+        "speed and memory, not results")
+    add("--data-dir", help="where the data set lies (default: as in training)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to score")
-    add("--dtype", default=None, choices=("auto", "float32", "bfloat16"),
+    add("--dtype", choices=("auto", "float32", "bfloat16"),
         help="of matrix products (default: as in training)")
     add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead")
     add("--method", default="chameleon", help="with --prompts: the adapter that continues them")
-    add("--seed", type=whole(0), default=0, help="with --prompts: the adapter's seed, and the "
-        "sampler's")
-    add("--max-new-tokens", type=whole(1), default=60, help="with --prompts: length")
-    add("--temperature", type=float, default=0.8, help="with --prompts: 0 is greedy")
-    add("--top-k", type=whole(1), default=50, help="with --prompts: tokens to draw from")
+    add("--seed", type=number(int, 0), default=0, help="with --prompts: the adapter's seed, and "
+        "the sampler's")
+    add("--max-new-tokens", type=number(int, 1), default=60, help="with --prompts: length")
+    add("--temperature", type=number(float, 0, 1e3), default=0.8,
+        help="with --prompts: 0 is greedy")
+    add("--top-k", type=number(int, 1), default=50, help="with --prompts: tokens to draw from")
     return parser
 
 
@@ -68,8 +59,7 @@ def make_parser():
 
 def load_adapter(run, path):
     """The base with the adapter in `path` on it, and the plan that trained it."""
-    tensors, info = read_tensors(path)
-    plan = info["plan"]
+    tensors, plan = read_plan(path, "adapter")
     if plan["base"] != run.base_fingerprint:
         raise UserError(f"{path} was trained on another base than {run.folder}/base.safetensors")
     model = adapt(run.base, plan)
@@ -77,46 +67,42 @@ def load_adapter(run, path):
     return model.eval(), plan
 
 
-def label(plan, path):
-    """What an adapter is called in the table; leaks and unfinished ones are told."""
-    leaks = " (LEAKS: full scope)" if plan.get("stat_scope") == "full" else ""
-    finished = path.with_suffix(".last.safetensors").exists()
-    return plan["method"] + leaks + ("" if finished else " (unfinished)")
-
-
-def score_model(run, model, plan, inference, batch_size, control=None):
+def score_model(run, model, plan, args, n_bytes, control=None):
     """{split: {nll_sum, n_tokens, loss, perplexity, bits_per_byte}}, and tokens scored a second."""
-    sizes, result, seconds, n_read = run.tokenizer.bytes_per_token(), {}, 0.0, 0
+    result, seconds = {}, 0.0
+    inference = args.inference or plan.get("inference")
     for split in ("validation", "test"):
         examples = run.examples[split]
         start = time.perf_counter()
         context = company(model, examples, plan, inference, control)
-        losses, counts = score(model, examples, batch_size, run.autocast, **context)
+        found = summed(*score(model, examples, args.batch_size, run.autocast, **context))
         seconds += time.perf_counter() - start
-        n_read += int(examples.length.sum())
-        found = summed(losses, counts)
-        bits = found["nll_sum"] / math.log(2) / scored_bytes(examples, sizes)
-        result[split] = found | {"perplexity": math.exp(found["loss"]), "bits_per_byte": bits}
-    return result, n_read / seconds
+        result[split] = found | {
+            "perplexity": math.exp(found["loss"]),
+            "bits_per_byte": found["nll_sum"] / math.log(2) / n_bytes[split],
+        }
+    n_read = sum(int(run.examples[split].length.sum()) for split in result)
+    return result | {"speed": n_read / seconds}
 
 
-def score_run(run, inference, batch_size):
+def score_run(run, args):
     """One entry per adapter and control: what the table and results.json are made of."""
-    plan = {"method": "frozen", "seed": 0}
-    found, speed = score_model(run, run.base, plan, inference, batch_size)
-    entries = [{"name": "frozen", "seed": 0, "parameters": 0, "bytes": 0, "speed": speed, **found}]
+    sizes = run.tokenizer.bytes_per_token()
+    n_bytes = {split: scored_bytes(run.examples[split], sizes) for split in ("validation", "test")}
+    entries = [{"name": "frozen", "seed": 0, "parameters": 0, "bytes": 0,
+                **score_model(run, run.base, {}, args, n_bytes)}]
     for path in adapter_paths(run.folder):
         model, plan = load_adapter(run, path)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        controls = (None, *CONTROLS) if model.lm_head.needs_statistics else (None,)
-        for control in controls:
-            found, speed = score_model(
-                run, model, plan, inference or plan.get("inference"), batch_size, control)
-            name = label(plan, path) + (f", {control}" if control else "")
+        finished = path.with_suffix(".last.safetensors").exists()
+        for control in (None, *CONTROLS) if model.lm_head.needs_statistics else (None,):
+            name = label(plan) + (f", {control}" if control else "")
+            name += "" if finished else " (unfinished)"
+            found = score_model(run, model, plan, args, n_bytes, control)
             print(f"{name}, seed {plan['seed']}: validation {found['validation']['loss']:.4f}, "
                   f"test {found['test']['loss']:.4f}")
             entries.append({"name": name, "seed": plan["seed"], "parameters": parameters,
-                            "bytes": path.stat().st_size, "speed": speed, **found})
+                            "bytes": path.stat().st_size, **found})
     return entries
 
 
@@ -170,17 +156,10 @@ def make_notes(run, config, entries):
 # ------------------------------------------------------------------------------------- figures
 
 
-def draw_losses(run, frozen, path):
+def draw_losses(records, frozen, path):
     """Validation loss against training tokens; seeds are a band around their mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
-    records = [record for record in map(json.loads, text.splitlines())
-               if record["method"] != "base"]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.axhline(frozen, color="0.4", linestyle="--", label="frozen base")
     for i, method in enumerate(dict.fromkeys(record["method"] for record in records)):
         curves = {}
@@ -200,18 +179,12 @@ def draw_losses(run, frozen, path):
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
-def typical_words(tokens, mask, cluster, which, tokenizer, n=3):
-    """The words that set a cluster's prompts apart: most over-represented in its members."""
-    inside, everywhere = np.zeros(tokenizer.vocab_size), np.zeros(tokenizer.vocab_size)
-    for row, real, mine in zip(tokens, mask, cluster == which, strict=True):
-        present = np.unique(row[real])  # a word counts once per example
-        everywhere[present] += 1
-        inside[present] += mine
-    size = (cluster == which).sum()
-    expected = everywhere * size / len(cluster)
+def typical_words(present, mine, tokenizer, n=3):
+    """Words that set a cluster apart: present (N, V) in which examples, of which `mine` (N,)."""
+    inside = present[mine].sum(axis=0)
+    expected = present.mean(axis=0) * mine.sum()
     strength = inside * np.log(np.maximum(inside, 0.1) / np.maximum(expected, 0.1))
     words = []
     for token in np.argsort(-strength, kind="stable"):
@@ -226,46 +199,44 @@ def typical_words(tokens, mask, cluster, which, tokenizer, n=3):
 
 def draw_clusters(run, model, plan, inference, path, n_labels=7):
     """Validation prompts in the plane of most variance (PCA), coloured by cluster."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     examples = run.examples["validation"]
     prompts = Prompts(examples, run.base.transformer.wte, plan["stat_scope"])
     features = prompts.features(model.lm_head.center).cpu()
     cluster = company(model, examples, plan, inference)["cluster"].cpu().numpy()
     centred = features - features.mean(dim=0)
     _, scales, axes_of = torch.linalg.svd(centred, full_matrices=False)
-    plane = (centred @ axes_of[:2].T).numpy()  # (N, C) @ (C, 2)
+    plane = (centred @ axes_of[:2].T).numpy()  # (N, C) @ (C, 2) -> (N, 2)
     share = (scales.square() / scales.square().sum())[:2].tolist()
     sizes = np.bincount(cluster)
     largest = np.argsort(-sizes, kind="stable")[:n_labels]
     tokens, mask = (t.numpy() for t in examples.prompts(np.arange(len(examples)),
                                                          plan["stat_scope"]))
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    present = np.zeros((len(examples), run.tokenizer.vocab_size), dtype=bool)
+    present[np.nonzero(mask)[0], tokens[mask]] = True
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
     others = ~np.isin(cluster, largest)
     if others.any():
         axes.scatter(*plane[others].T, s=8, color="0.8", linewidths=0,
                      label=f"{len(sizes) - len(largest)} smaller clusters")
     for i, which in enumerate(largest):
         mine = cluster == which
-        words = " ".join(typical_words(tokens, mask, cluster, which, run.tokenizer))
+        words = " ".join(typical_words(present, mine, run.tokenizer))
         axes.scatter(*plane[mine].T, s=22, color=COLOURS[i], marker="os^DvP*"[i], linewidths=0,
                      label=f"{sizes[which]}: {words}")
     axes.set_xlabel(f"first principal component ({share[0]:.0%} of variance)")
     axes.set_ylabel(f"second principal component ({share[1]:.0%} of variance)")
-    axes.set_title(f"{len(examples):,} validation prompts in {len(sizes)} clusters", fontsize=11)
+    axes.set_title(f"{label(plan)}: {len(examples):,} validation prompts in {len(sizes)} clusters",
+                   fontsize=11)
     axes.legend(title="members: typical words", frameon=False, fontsize=9,
                 loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------- prompts
 
 
-def continue_prompts(run, args):
+def continue_prompts(run, config, args):
     """Cluster the prompts of a file, adapt the head to each cluster, continue each prompt."""
     try:
         lines = Path(args.prompts).read_text(encoding="utf-8").split("\n")
@@ -274,14 +245,14 @@ def continue_prompts(run, args):
     texts = [line for line in lines if line.strip()]
     if not texts:
         raise UserError(f"--prompts {args.prompts}: the file has no prompt, one a line")
-    prompts = [run.tokenizer.encode(text) for text in texts]
+    # The model is asked as it was trained: an instruction ends with what announces the response.
+    end = RESPONSE if config.get("instructions") else ""
+    prompts = [run.tokenizer.encode(text + end) for text in texts]
     context = run.base.config.block_size
     for text, prompt in zip(texts, prompts, strict=True):
         if len(prompt) >= context:
             raise UserError(f"--prompts: {text[:40]!r}... has {len(prompt)} tokens and the model "
                             f"reads {context} at most, prompt and continuation; shorten it")
-    if args.temperature < 0:
-        raise UserError(f"--temperature {args.temperature}: must be 0 or more")
     if args.method == "frozen":
         model, plan = run.base.eval(), {"method": "frozen"}
     else:
@@ -317,14 +288,15 @@ def main(argv=None):
     """Score the run, or continue prompts; returns the entries of results.json, or token ids."""
     args = make_parser().parse_args(argv)
     keep_freed_memory()
-    device, _ = choose_device(args.device)
     folder = Path(args.run)
-    run, config = open_run(folder, device)
-    if args.dtype:
-        run.dtype = choose_dtype(args.dtype, device)[0]
-    if args.prompts:
-        return continue_prompts(run, args)
-    entries = score_run(run, args.inference, args.batch_size)
+    run, config = open_run(folder, choose_device(args.device)[0], args.dtype)
+    if args.prompts is not None:
+        return continue_prompts(run, config, args)
+    corpus = open_corpus(
+        config["args"]["dataset"], args.data_dir or config["args"]["data_dir"], config)
+    run.examples = load_examples(
+        corpus, run.tokenizer, config["args"]["block_size"], folder / "cache")
+    entries = score_run(run, args)
     table, notes = make_table(entries), make_notes(run, config, entries)
     write_text(folder / "results.md", table + "\n" + notes)
     write_json(folder / "results.json", {
@@ -332,16 +304,15 @@ def main(argv=None):
         "python": platform.python_version(), "machine": platform.machine(), "entries": entries,
     })
     print("\n" + table + "\n" + notes)
-    if (folder / "metrics.jsonl").exists():
-        draw_losses(run, entries[0]["validation"]["loss"], folder / "loss.png")
-        print(f"wrote {folder / 'loss.png'}")
-    for path in adapter_paths(folder):
-        model, plan = load_adapter(run, path)
-        if model.lm_head.needs_statistics:
-            draw_clusters(run, model, plan, args.inference or plan["inference"],
-                          folder / "clusters.png")
-            print(f"wrote {folder / 'clusters.png'}")
-            break
+    records = [record for record in read_records(folder) if record["method"] != "base"]
+    draw_losses(records, entries[0]["validation"]["loss"], folder / "loss.png")
+    print(f"wrote {folder / 'loss.png'}")
+    chameleons = [path for path in adapter_paths(folder) if path.name.startswith("chameleon")]
+    if chameleons and len(run.examples["validation"]) > 2:
+        model, plan = load_adapter(run, chameleons[0])
+        draw_clusters(run, model, plan, args.inference or plan["inference"],
+                      folder / "clusters.png")
+        print(f"wrote {folder / 'clusters.png'}")
     return entries
 
 

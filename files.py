@@ -1,9 +1,10 @@
 """Files that are written whole or not at all, and mistakes that are told in one line.
 
-A run is stopped at any moment: by Ctrl-C, by a full disk, by a closed laptop. So every file here
-is first written under a temporary name and then renamed, which the operating system does in one
-step. Tensors are kept with safetensors and the rest as JSON; nothing is pickled, so opening a
-stranger's run folder executes none of the stranger's code.
+A run is stopped at any moment: by Ctrl-C, by a full disk, by a closed laptop. So a file is first
+written under a temporary name and then renamed, which the operating system does in one step. (The
+log of evaluations alone is appended to, and its reader bears a torn last line.) Tensors are kept
+with safetensors and the rest as JSON; nothing is pickled, so opening a stranger's run folder
+executes none of the stranger's code.
 """
 
 import json
@@ -22,18 +23,17 @@ def run_cli(main):
     try:
         main()
     except UserError as error:
-        sys.exit(fail(error))
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def fail(error):
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-    return 2
+    except OSError as error:  # a full disk, a folder that may not be written to, a file in the way
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def read_json(path):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged: not JSON ({error}); delete it to start anew") from None
+        raise UserError(f"{path} is damaged: not JSON ({error})") from None
 
 
 def write_tensors(path, tensors, info):
@@ -89,6 +89,4 @@ def read_tensors(path, device="cpu"):
     except KeyError:
         raise UserError(f"{path} was not written by train.py: its header has no 'info'") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged or cut short ({error}); delete it to train that part anew"
-        ) from None
+        raise UserError(f"{path} is damaged, cut short or no safetensors file ({error})") from None

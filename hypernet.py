@@ -93,24 +93,27 @@ class ChameleonHead(LMHead):
             last.bias[: A.numel()] = A.flatten()
 
     def fit_clusters(self, prompts, generator):
-        """Cluster the training prompts, keep what inference needs; returns cluster (N,)."""
+        """Cluster the training prompts; keep what inference needs."""
         self.center.copy_(prompts.mean.mean(dim=0))
         self.spread.copy_(prompts.mean.std(dim=0, correction=0))
-        found = kmeans(prompts.features(self.center), len(self.centroids), generator)
-        self.centroids.copy_(found.centroids)
-        return found.cluster
+        features = prompts.features(self.center)
+        self.centroids.copy_(kmeans(features, len(self.centroids), generator).centroids)
+
+    def nearest(self, prompts):
+        """Nearest training centroid (N,) of each prompt; for training prompts, their cluster."""
+        return assign(prompts.features(self.center), self.centroids)[0]
 
     def group(self, prompts, k=None, generator=None):
         """Cluster (N,) of new requests, and the statistics (K, C) of those clusters.
 
         With k, by k-means on the requests at hand (the paper's inference-time clusters); without,
-        by the nearest training centroid, which also serves a single request.
+        by the nearest training centroid, which also serves a single request. Either way a
+        cluster's statistic is that of the requests in it.
         """
-        features = prompts.features(self.center)
         if k is None:
-            cluster = assign(features, self.centroids)[0]
+            cluster = self.nearest(prompts)
         else:
-            cluster = kmeans(features, k, generator).cluster
+            cluster = kmeans(prompts.features(self.center), k, generator).cluster
         cluster = cluster.unique(return_inverse=True)[1]  # number the clusters that have members
         return cluster, prompts.statistics(cluster)
 
@@ -120,6 +123,7 @@ class ChameleonHead(LMHead):
         standard = (statistics - self.center) / self.spread.clamp(min=1e-6)
         out = self.hypernetwork(standard)  # (K, C) -> (K, r C + r V)
         A, B = out.split([self.rank * C, self.rank * self.n_out], dim=1)
+        # (K, r C) -> (K, r, C) and (K, V r) -> (K, V, r)
         return A.view(K, self.rank, C), B.view(K, self.n_out, self.rank)
 
     def forward(self, hidden, statistics, cluster):
@@ -153,8 +157,8 @@ class Prompts:
         """What k-means clusters: mean embeddings, less the corpus's, on the unit sphere (N, C)."""
         return F.normalize(self.mean - center, dim=1)
 
-    def statistics(self, cluster, index=None):
+    def statistics(self, cluster, index=slice(None)):
         """Statistics (K, C) of clusters made of all examples, or of those in `index` (B,)."""
-        mean, count = (self.mean, self.count) if index is None else (
-            self.mean[index], self.count[index])
+        mean, count = self.mean[index], self.count[index]
+        # Each row counts as one token that stands there `count` times: (B, 1, C) and (B, 1).
         return batch_statistics(mean[:, None], count[:, None], cluster)

@@ -29,7 +29,7 @@ class GPTConfig:
     block_size: int = 256
     vocab_size: int = 4096
     n_layer: int = 4
-    n_head: int = 6
+    n_head: int = 3
     n_embd: int = 192
     dropout: float = 0.0
 
@@ -169,7 +169,8 @@ class GPT(nn.Module):
             causal = key <= position[:, None]  # (T, past + T)
             real = (key >= pad[:, None, None]) | (key == position[:, None])  # (B, T, past + T)
             mask = (causal & real)[:, None]  # (B, 1, T, past + T)
-            position = (position - pad[:, None]).clamp(min=0)  # (B, T)
+            # Padding has no position, nor has what follows a full context: neither is read.
+            position = (position - pad[:, None]).clamp(0, self.config.block_size - 1)  # (B, T)
         elif past:
             raise ValueError("continuing from a cache needs pad (zeros if nothing is padded)")
         x = self.transformer.wte(tokens) + self.transformer.wpe(position)  # (B, T, C)
@@ -215,7 +216,8 @@ class LoRALinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)  # (..., in) -> (..., out)
         if self.merged:
             return y
-        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        z = F.linear(x, self.lora_A)  # (..., in) @ (in, r) -> (..., r)
+        return y + self.scale * F.linear(z, self.lora_B)  # (..., r) @ (r, out) -> (..., out)
 
     @torch.no_grad()
     def set_merged(self, merged):
@@ -264,19 +266,16 @@ def unmerge_lora(model):
 
 
 class KVCache:
-    """Keys and values of one layer, (B, H, up to max_length, C/H) each."""
+    """Keys and values of one layer, (B, H, tokens so far, C/H) each."""
 
-    def __init__(self, max_length):
-        self.length, self.max_length, self.k, self.v = 0, max_length, None, None
+    def __init__(self):
+        self.length, self.k, self.v = 0, None, None
 
     def append(self, k, v):
-        if self.k is None:
-            B, H, _, D = k.shape
-            self.k, self.v = (k.new_empty(B, H, self.max_length, D) for _ in range(2))
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+        if self.length:
+            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        self.length, self.k, self.v = k.shape[2], k, v
+        return k, v
 
 
 @torch.no_grad()
@@ -300,11 +299,10 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
     # Prompts are padded at the left, so that all sequences grow at the right together.
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
     tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    total = min(longest + max_new_tokens, context)
-    cache = [KVCache(total) for _ in model.transformer.h] if use_cache else None
+    cache = [KVCache() for _ in model.transformer.h] if use_cache else None
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     new = tokens
-    while tokens.shape[1] < total and not done.all():
+    while tokens.shape[1] < longest + max_new_tokens and not done.all():
         hidden = model.hidden(new if use_cache else tokens, cache, pad)
         logits = model.lm_head(hidden[:, -1:], statistics, cluster)[:, 0].float()  # (B, V)
         if temperature == 0:
@@ -313,11 +311,12 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
             if top_k is not None:
                 kept = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kept, -math.inf)
-            new = torch.multinomial((logits / temperature).softmax(dim=1), 1, generator=generator)
+            logits = (logits - logits.amax(dim=1, keepdim=True)) / temperature
+            new = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)  # (B, 1)
         if stop_token is not None:
             done |= new[:, 0] == stop_token
         tokens = torch.cat([tokens, new], dim=1)
-    continuations = tokens[:, longest:].tolist()
-    if stop_token is None:
-        return continuations
+        done |= tokens.shape[1] - pad >= context
+    continuations = [row[: context - len(prompt)]
+                     for row, prompt in zip(tokens[:, longest:].tolist(), prompts, strict=True)]
     return [c[: c.index(stop_token)] if stop_token in c else c for c in continuations]

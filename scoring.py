@@ -30,10 +30,10 @@ def row_losses(head, hidden, targets, statistics=None, cluster=None):
 
     def part(hidden, targets, cluster):
         logits = head(hidden, statistics, cluster).float()  # (b, T, V)
-        losses = F.cross_entropy(
+        losses = F.cross_entropy(  # (b * T, V) and (b * T,) -> (b * T,)
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
         )
-        return losses.view(targets.shape).sum(dim=1)  # (b * T,) -> (b,)
+        return losses.view(targets.shape).sum(dim=1)  # (b * T,) -> (b, T) -> (b,)
 
     rows = max(1, LOGITS_BYTES // (4 * targets.shape[1] * head.weight.shape[0]))
     if cluster is None:
@@ -79,7 +79,7 @@ def score(model, examples, batch_size, autocast, statistics=None, cluster=None, 
             s = statistics[used]
         with autocast:
             rows = row_losses(model.lm_head, model.hidden(tokens), targets, s, c)
-        losses[index] = rows.double().cpu().numpy()
+        losses[index] = rows.cpu().numpy()  # summed up in float64 from here on
         counts[index] = (targets != IGNORE).sum(dim=1).cpu().numpy()
     return losses, counts
 

@@ -18,7 +18,6 @@ A run folder holds
     cache/                               tokens, memory-mapped
 """
 
-import argparse
 import json
 import math
 import signal
@@ -36,24 +35,9 @@ from data import IGNORE, Tokenizer, load_examples
 from files import UserError, read_tensors, run_cli, write_json, write_tensors, write_text
 from hypernet import Prompts
 from model import GPT, SIZES, GPTConfig
-from run import (
-    Parser,
-    Run,
-    adapt,
-    adapter_path,
-    choose_device,
-    choose_dtype,
-    keep_freed_memory,
-    listed,
-    load_base,
-    load_weights,
-    open_corpus,
-    positive,
-    remembered,
-    seeds,
-    weights,
-    whole,
-)
+from common import (ONCE, Parser, Run, adapt, adapter_path, choose_device, choose_dtype,
+                    keep_freed_memory, label, listed, load_base, load_weights, number, open_corpus,
+                    read_plan, read_records, remembered, seeds, weights)
 from scoring import company, row_losses, score, scored_bytes, summed
 
 METHODS = ("frozen", "lora", "chameleon")
@@ -65,7 +49,6 @@ def make_parser():
     parser = Parser(
         "train.py",
         description="Train a small GPT, then LoRA and ChameleonLLM adapters on top of it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--dataset", default="pydocs", help="pydocs (no network), wikitext2, wikitext2-raw, "
@@ -73,52 +56,49 @@ def make_parser():
     add("--data-dir", default="data", help="where data sets are looked for, and kept when fetched")
     add("--out", help="run folder (default: runs/DATASET)")
     add("--resume", action="store_true", help="go on with what --out holds, with its settings")
-    add("--methods", type=listed(METHODS), default=list(METHODS), metavar="M,M",
+    add("--methods", type=listed(METHODS), default=",".join(METHODS), metavar="M,M",
         help=f"any of {','.join(METHODS)}")
-    add("--seeds", type=seeds, default=[0], metavar="N,N", help="one adapter of each method per "
+    add("--seeds", type=seeds, default="0", metavar="N,N", help="one adapter of each method per "
         "seed: initial values, batches, k-means; the base is always trained with seed 0")
     add("--base", default="scratch", help="scratch, or another run's base.safetensors")
-    add("--size", choices=SIZES, help="of a base from scratch: nano 2.6M parameters, small 13M, "
-        "gpt2 124M, at their vocabularies; time grows in proportion (default: by device)")
-    add("--block-size", type=whole(4), metavar="T", help="tokens in a row: memory and time per "
-        "step grow in proportion, attention's with its square (default: by size)")
+    add("--size", choices=SIZES, help="of a base from scratch: nano 2.6M parameters, small 12M, "
+        "gpt2 124M, at their vocabularies; time grows in proportion (default: nano, on CUDA small)")
+    add("--block-size", type=number(int, 4), metavar="T", help="tokens in a row: memory and time "
+        "of a step grow in proportion, attention's with its square (default: by size, nano 256)")
     add("--tokenizer", choices=("bpe", "gpt2"), default="bpe",
         help="bpe is trained on the training split")
-    add("--vocab-size", type=whole(257), default=4096, metavar="V", help="of bpe; the logits, "
-        "the largest tensor in training, grow in proportion")
-    add("--base-lr", type=positive, default=3e-3, help="peak learning rate of the base")
-    add("--base-epochs", type=positive, default=4.0, help="passes of the base over the data")
-    add("--base-batch-size", type=whole(1), default=16, help="rows in a step of the base")
-    add("--dropout", type=float, default=0.0, help="in the base, on embedding and residuals")
-    add("--batch-size", type=whole(1), default=32, metavar="B", help="rows in a step of an "
+    add("--vocab-size", type=number(int, 257), default=4096, metavar="V", help="of bpe; the "
+        "logits, the largest tensor in training, grow in proportion")
+    add("--base-lr", type=number(float, 1e-9, 100), default=3e-3, help="its peak learning rate")
+    add("--base-epochs", type=number(float, 1e-9, 1e6), default=4.0, help="its passes over data")
+    add("--base-batch-size", type=number(int, 1), default=16, help="rows in a step of the base; "
+        "memory grows in proportion")
+    add("--dropout", type=number(float, 0, 0.99), default=0.0, help="on the embedding and the "
+        "residual branches, while the base and the adapters are trained")
+    add("--batch-size", type=number(int, 1), default=32, metavar="B", help="rows in a step of an "
         "adapter and, on average, in a cluster; memory grows in proportion")
-    add("--lr", type=positive, default=1e-3, help="peak learning rate of the adapters")
-    add("--epochs", type=positive, default=1.0, help="passes of each adapter over the data")
-    add("--max-steps", type=whole(1), metavar="N", help="stop each training after N steps")
-    add("--evaluations", type=whole(1), default=8, help="validations per training; each takes "
-        "about as long as training on the validation split for a third of an epoch")
-    add("--rank", type=whole(1), default=4, metavar="r", help="of every low-rank update")
-    add("--alpha", type=positive, default=8.0, help="updates are scaled by alpha / rank")
+    add("--lr", type=number(float, 1e-9, 100), default=1e-3, help="adapters' peak learning rate")
+    add("--epochs", type=number(float, 1e-9, 1e6), default=1.0, help="adapters' passes over data")
+    add("--max-steps", type=number(int, 1), metavar="N", help="stop each training after N steps")
+    add("--evaluations", type=number(int, 1), default=8, help="validations per training; one takes "
+        "about a third of the time of training on as many tokens")
+    add("--rank", type=number(int, 1), default=4, metavar="r", help="of every low-rank update")
+    add("--alpha", type=number(float, 1e-9, 1e9), default=8.0, help="updates scale by alpha / rank")
     add("--head-form", choices=("full", "light"), default="full", help="what the hyper-network "
         "writes: full A and B (the paper's), or light, whose size ignores the vocabulary")
-    add("--clusters", type=whole(1), metavar="K", help="k-means clusters of the training prompts "
-        "(default: one per batch)")
+    add("--clusters", type=number(int, 1), metavar="K", help="k-means clusters of the training "
+        "prompts (default: one per batch)")
     add("--stat-scope", choices=("prompt", "full"), default="prompt", help="tokens behind the "
         "statistics; full LEAKS the tokens to be predicted and is there to show how much")
     add("--inference", choices=("fit", "assign"), default="fit", help="cluster held-out requests "
         "by k-means among themselves, or by the nearest training centroid")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: the first "
-        "of cuda, mps, cpu that is there")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto is the "
+        "first of cuda, mps, cpu that is there")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of matrix "
-        "products; bfloat16 halves their memory (auto: bfloat16 where it is fast)")
-    add("--compile", action="store_true", help="torch.compile: minutes to start, faster steps "
-        "on CUDA")
+        "products; bfloat16 halves their memory; auto takes it where it is fast")
+    add("--compile", action="store_true", help="torch.compile: a minute to start, then faster "
+        "steps on CUDA")
     return parser
-
-
-# Settings that a run folder has once; a later call into the same folder must agree with them.
-ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "base_lr",
-        "base_epochs", "base_batch_size", "dropout")
 
 
 def parse_args(argv):
@@ -132,7 +112,8 @@ def parse_args(argv):
     config = remembered(Path(args.out))
     if config:
         known = config["args"]
-        parser.set_defaults(**{k: known[k] for k in (known if args.resume else ONCE)})
+        parser.set_defaults(
+            **{key: known[key] for key in (known if args.resume else (*ONCE, "data_dir"))})
         args = parser.parse_args([*(argv if argv is not None else sys.argv[1:]),
                                   "--out", args.out])
         for key in ONCE:
@@ -143,8 +124,6 @@ def parse_args(argv):
                 )
     elif args.resume:
         raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
-    if not 0 <= args.dropout < 1:
-        raise UserError(f"--dropout {args.dropout}: must be from 0 up to 1")
     return args, config
 
 
@@ -195,13 +174,11 @@ def parameter_groups(model):
     ]
 
 
-def drop_records(path, method, seed, after):
+def drop_records(folder, method, seed, after):
     """Remove the records of a training that a resumed run is about to write again."""
-    if not path.exists():
-        return
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    kept = [r for r in records if (r["method"], r["seed"]) != (method, seed) or r["step"] <= after]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    kept = [r for r in read_records(folder)
+            if (r["method"], r["seed"]) != (method, seed) or r["step"] <= after]
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def fit(run, path, model, plan, batches, batch_loss, evaluate):
@@ -213,12 +190,13 @@ def fit(run, path, model, plan, batches, batch_loss, evaluate):
     """
     state_path = path.with_suffix(".state.safetensors")
     last_path = path.with_suffix(".last.safetensors")
-    name, total = path.stem, plan["steps"]
+    name, total = f"{label(plan)}, seed {plan['seed']}", plan["steps"]
     groups = parameter_groups(model)
     optimizer = torch.optim.AdamW(
         groups, betas=(0.9, 0.95), fused=run.device.type in ("cpu", "cuda"))
-    names = [n for g in groups for p in g["params"] for n, q in model.named_parameters() if p is q]
     parameters = [p for g in groups for p in g["params"]]
+    # Dropout draws from the device's generator; batches have generators of their own.
+    draws = torch if run.device.type == "cpu" else torch.get_device_module(run.device)
     for group in groups:
         count = sum(p.numel() for p in group["params"])
         print(f"  {name}: {count:,} parameters, {group['name']}, weight decay "
@@ -228,30 +206,22 @@ def fit(run, path, model, plan, batches, batch_loss, evaluate):
         tensors, info = read_tensors(state_path)
         done = info["done"]
         load_weights(model, under(tensors, "model."), state_path)
-        first, second = under(tensors, "exp_avg."), under(tensors, "exp_avg_sq.")
-        optimizer.load_state_dict({
-            "state": {
-                i: {"step": torch.tensor(float(done["step"])), "exp_avg": first[n],
-                    "exp_avg_sq": second[n]}
-                for i, n in enumerate(names)
-            },
-            "param_groups": optimizer.state_dict()["param_groups"],
-        })
-        for n, module in generators().items():
-            if f"generator.{n}" in tensors:
-                module.set_rng_state(tensors[f"generator.{n}"])
+        moments = {}
+        for key, tensor in under(tensors, "optimizer.").items():
+            i, key = key.split(".")
+            moments.setdefault(int(i), {})[key] = tensor
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        draws.set_rng_state(tensors["generator"])
         print(f"  {name}: going on from step {done['step']} of {total}")
-    drop_records(run.folder / "metrics.jsonl", plan["method"], plan["seed"], done["step"])
+    drop_records(run.folder, label(plan), plan["seed"], done["step"])
 
     def save_state():
-        moments = {
-            f"{key}.{n}": optimizer.state[p][key]
-            for n, p in zip(names, parameters, strict=True)
-            for key in ("exp_avg", "exp_avg_sq")
-        }
+        moments = {f"optimizer.{i}.{key}": tensor
+                   for i, state in optimizer.state_dict()["state"].items()
+                   for key, tensor in state.items()}
         current = {f"model.{n}": tensor for n, tensor in weights(model).items()}
-        draws = {f"generator.{n}": module.get_rng_state() for n, module in generators().items()}
-        write_tensors(state_path, current | moments | draws, {"plan": plan, "done": done})
+        current["generator"] = draws.get_rng_state()
+        write_tensors(state_path, current | moments, {"plan": plan, "done": done})
 
     evaluate_at = {round(total * (i + 1) / plan["evaluations"]) for i in range(plan["evaluations"])}
     epoch, epoch_batches = None, []
@@ -276,16 +246,16 @@ def fit(run, path, model, plan, batches, batch_loss, evaluate):
             done["step"] += 1
             done["tokens"] += int(run.examples["train"].length[index].sum())
             if done["step"] % 10 == 0:  # reading the loss waits for the device
-                if not math.isfinite(loss.item()):
-                    raise UserError(f"{name}: the loss is {loss.item()} at step {done['step']}; "
-                                    f"lower --lr (--base-lr for the base)")
                 bar.set_postfix_str(f"loss {loss.item():.3f}, "
                                     f"{done['tokens'] / done['seconds']:,.0f} tokens/s")
             done["seconds"] += time.perf_counter() - started
             bar.update()
             if done["step"] in evaluate_at:
                 result = summed(*evaluate())
-                record = {"method": plan["method"], "seed": plan["seed"], "step": done["step"],
+                if not math.isfinite(result["loss"]):
+                    raise UserError(f"{name}: the loss is {result['loss']} at step {done['step']}; "
+                                    f"lower --lr (--base-lr for the base)")
+                record = {"method": label(plan), "seed": plan["seed"], "step": done["step"],
                           "tokens": done["tokens"], "split": "validation", **result}
                 with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
@@ -309,20 +279,10 @@ def under(tensors, prefix):
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
-def generators():
-    """What dropout draws from, by name; batches have generators of their own."""
-    found = {"cpu": torch}
-    if torch.cuda.is_available():
-        found["cuda"] = torch.cuda
-    if torch.backends.mps.is_available():
-        found["mps"] = torch.mps
-    return found
-
-
 def is_finished(path, plan, resume):
     """Whether `path` is trained already. Raises rather than overwrite what `plan` did not make."""
     state_path = path.with_suffix(".state.safetensors")
-    finished = path.with_suffix(".last.safetensors").exists()
+    finished = path.exists() and path.with_suffix(".last.safetensors").exists()
     for existing in (path, state_path):
         if existing.exists():
             made_with = read_tensors(existing)[1]["plan"]
@@ -428,7 +388,12 @@ def train_adapter(run, args, method, seed):
     prompts = cluster = None
     if model.lm_head.needs_statistics:
         prompts = Prompts(train, run.base.transformer.wte, plan["stat_scope"])
-        cluster = model.lm_head.fit_clusters(prompts, torch.Generator().manual_seed(seed)).cpu()
+        if path.with_suffix(".state.safetensors").exists():  # the very same clusters
+            saved = read_tensors(path.with_suffix(".state.safetensors"))[0]
+            load_weights(model, under(saved, "model."), path)
+        else:
+            model.lm_head.fit_clusters(prompts, torch.Generator().manual_seed(seed))
+        cluster = model.lm_head.nearest(prompts).cpu()
     held_out = company(model, validation, plan, plan.get("inference"))
 
     def batch_loss(index):
@@ -453,7 +418,7 @@ def write_settings(run, args, corpus):
     run.tokenizer.save(run.folder / "tokenizer.json")
     settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device")}
     write_json(run.folder / "config.json", {
-        "args": settings, "data": corpus.fingerprint, "tokenizer": run.tokenizer.fingerprint,
+        "args": settings, "data": corpus.fingerprint, "instructions": corpus.instructions,
         "torch": torch.__version__,
     })
 
@@ -469,10 +434,13 @@ def main(argv=None):
 
     # First everything is checked: until then the folder gets a cache of tokens and nothing else.
     folder, base_path = Path(args.out), Path(args.out) / "base.safetensors"
-    trained = base_path if base_path.with_suffix(".last.safetensors").exists() else None
+    trained = base_path
+    if not (base_path.exists() and base_path.with_suffix(".last.safetensors").exists()):
+        trained = None if args.base == "scratch" else Path(args.base)
     if args.base != "scratch":
-        trained = trained or Path(args.base)
-        config = GPTConfig(**read_tensors(trained)[1]["plan"]["config"])
+        if not trained.with_suffix(".last.safetensors").exists():
+            raise UserError(f"--base {trained}: not a base.safetensors whose training has finished")
+        config = GPTConfig(**read_plan(trained, "base")[1]["config"])
     else:
         args.size = args.size or ("small" if device.type == "cuda" else "nano")
         config = GPTConfig(**SIZES[args.size], dropout=args.dropout)
@@ -480,7 +448,7 @@ def main(argv=None):
     args.block_size = args.block_size or config.block_size
     if args.block_size > config.block_size:
         raise UserError(f"--block-size {args.block_size}: {args.base} reads {config.block_size}")
-    corpus = open_corpus(args, before)
+    corpus = open_corpus(args.dataset, args.data_dir, before)
     if corpus.dropped:
         print(f"{corpus.dropped} records left out: their response is blank")
     if before or args.base != "scratch":
@@ -498,9 +466,7 @@ def main(argv=None):
     run = Run(folder, device, dtype, tokenizer, examples)
     adapters = [(m, seed) for seed in args.seeds for m in args.methods if m != "frozen"]
     if trained:
-        run.base = load_base(trained, device)
-        if read_tensors(trained)[1]["plan"]["tokenizer"] != tokenizer.fingerprint:
-            raise UserError(f"{trained} was trained with another tokenizer than the one beside it")
+        run.base = load_base(trained, device, tokenizer)
         for adapter in adapters:
             is_finished(adapter_path(run, *adapter), adapter_plan(run, args, *adapter), args.resume)
         print(f"base: {trained}, trained before")
@@ -513,10 +479,11 @@ def main(argv=None):
         write_settings(run, args, corpus)
         if run.base is None:
             train_base(run, args, plan)
-            run.base = load_base(base_path, device)
+            run.base = load_base(base_path, device, tokenizer)
         elif trained != base_path:
             for suffix in (".safetensors", ".last.safetensors"):
-                write_tensors(base_path.with_suffix(suffix), *read_tensors(trained))
+                tensors, info = read_tensors(trained.with_suffix(suffix))
+                write_tensors(base_path.with_suffix(suffix), tensors, info)
         for adapter in adapters:
             train_adapter(run, args, *adapter)
     except KeyboardInterrupt:

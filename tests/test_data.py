@@ -605,7 +605,7 @@ def test_tensors_that_are_missing_cut_short_or_of_another_origin_are_refused(tmp
     whole = path.read_bytes()
     for size in (0, 5, 40, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        fails_in_one_line(lambda: read_tensors(path), str(path), "damaged or cut short")
+        fails_in_one_line(lambda: read_tensors(path), str(path), "damaged, cut short")
     for metadata in (None, {"format": "pt"}):
         save_file({"a": torch.zeros(2)}, path, metadata=metadata)
         fails_in_one_line(lambda: read_tensors(path), str(path), "not written by train.py")

@@ -103,6 +103,8 @@ def test_full_scope_says_that_it_leaks(arguments, tmp_path):
     names = [entry["name"] for entry in eval.main([str(folder)])]
     assert all("LEAKS" in name for name in names if name != "frozen")
     assert "LEAKS" in (folder / "results.md").read_text()
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert all("LEAKS" in r["method"] for r in records if r["method"] != "base")
 
 
 @pytest.mark.parametrize("options", [[], ["--method", "lora"], ["--method", "frozen"],
@@ -127,6 +129,7 @@ def test_prompts_are_clustered_and_continued(run, tmp_path, capsys, options):
     ("\n \n", [], "no prompt"),
     ("river", ["--method", "magic"], "magic"),
     ("river", ["--temperature", "-1"], "--temperature"),
+    ("river", ["--temperature", "nan"], "--temperature"),
     (b"\xff\xfe", [], "prompts"),
 ])
 def test_prompts_that_cannot_be_served_are_told_in_one_line(run, tmp_path, text, options, said):
@@ -135,6 +138,33 @@ def test_prompts_that_cannot_be_served_are_told_in_one_line(run, tmp_path, text,
     with pytest.raises(UserError, match=said) as error:
         eval.main([str(run[0]), "--prompts", str(file), *options])
     assert "\n" not in str(error.value)
+
+
+def test_prompts_need_no_corpus(run, tmp_path, monkeypatch):
+    folder, _ = run
+    monkeypatch.delattr(eval, "open_corpus")
+    (tmp_path / "prompts.txt").write_text("the river\n")
+    assert eval.main([str(folder), "--prompts", str(tmp_path / "prompts.txt")])
+
+
+def test_instructions_are_scored_on_responses_and_asked_as_trained(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    records = [{"instruction": f"say {word} twice", "input": "now" * (i % 2),
+                "output": f"{word} {word}" if i else " "}
+               for i, word in enumerate(["river", "stone", "apple", "road", "cloud"] * 12)]
+    (tmp_path / "tasks.json").write_text(json.dumps(records))
+    folder = train.main([*arguments, "--dataset", str(tmp_path / "tasks.json")])
+    assert "1 records left out" in capsys.readouterr().out
+    entries = eval.main([str(folder)])
+    assert {entry["test"]["n_tokens"] for entry in entries} != {0}
+    asked = []
+    original = eval.generate
+    monkeypatch.setattr(eval, "generate", lambda model, prompts, *rest, **options:
+                        asked.extend(prompts) or original(model, prompts, *rest, **options))
+    (tmp_path / "prompts.txt").write_text("say river\n")
+    eval.main([str(folder), "--prompts", str(tmp_path / "prompts.txt")])
+    assert Tokenizer.load(folder / "tokenizer.json").decode(asked[0]) == "say river\n\n"
 
 
 def test_a_folder_without_a_run_is_told_in_one_line_with_status_2(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from data import SPLITS, Corpus, Examples, Tokenizer, load_examples
 from hypernet import Prompts
 from model import GPT, GPTConfig
-from run import adapt
+from common import adapt
 from scoring import company, score
 from train import METHODS
 

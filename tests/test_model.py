@@ -171,7 +171,7 @@ PROMPTS = [[3], [7, 1, 4, 9, 9], [2, 5]]
 def slow_greedy(model, prompt, n):
     """One prompt alone, unpadded, everything computed again for each token."""
     tokens = list(prompt)
-    while len(tokens) < min(len(prompt) + n, TINY.block_size):
+    while len(tokens) < min(len(prompt) + n, TINY.block_size):  # each prompt has its own room
         tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
     return tokens[len(prompt):]
 
@@ -184,8 +184,11 @@ def test_greedy_generation_equals_a_slow_loop_on_each_prompt_alone(use_cache):
     assert len({tuple(row) for row in found}) > 1
 
 
-def test_generation_ends_where_the_context_is_full():
-    assert [len(row) for row in generate(tiny(), PROMPTS, 100)] == [11, 11, 11]
+def test_each_continuation_ends_where_its_own_context_is_full():
+    model = tiny().double()
+    found = generate(model, PROMPTS, 100)
+    assert [len(row) for row in found] == [15, 11, 14]
+    assert found == [slow_greedy(model, prompt, 100) for prompt in PROMPTS]
 
 
 def test_generation_ends_before_the_stop_token():

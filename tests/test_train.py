@@ -15,7 +15,7 @@ from data import IGNORE, Examples
 from files import UserError
 from hypernet import ChameleonHead, Prompts
 from model import GPT, GPTConfig, LMHead, LoRAHead
-from run import adapt
+from common import adapt
 from scoring import company, row_losses, score
 from train import learning_rate, shuffled
 
@@ -252,7 +252,10 @@ def test_killed_between_a_record_and_its_checkpoint_no_record_is_doubled(
     (["--batch-size", "-1"], "--batch-size"), (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"),
     (["--epochs", "x"], "--epochs"), (["--methods", "lora,magic"], "magic"),
     (["--seeds", "1,b"], "--seeds"), (["--dataset", "nowhere"], "nowhere"),
-    (["--dropout", "1.5"], "--dropout"), (["--size", "huge"], "--size"),
+    (["--dropout", "1.5"], "--dropout"),
+    (["--seeds", "9" * 20], "--seeds"),
+    (["--dataset", ""], "known name"), (["--epochs", "1e308"], "--epochs"),
+    (["--size", "huge"], "--size"),
     (["--vocab-size", "100"], "--vocab-size"), (["--block-size", "100000"], "--block-size"),
     (["--base", "nowhere.safetensors"], "nowhere.safetensors"), (["--no-such-flag"], "no-such"),
     (["--resume"], "holds no run"), (["--device", "mps"], "--device mps"),
@@ -309,6 +312,70 @@ def test_a_folder_of_something_else_is_left_alone(arguments, tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"args": {}}', "{"])
+def test_a_damaged_config_is_named(text, arguments, finished):
+    (finished / "config.json").write_text(text)
+    before = contents(finished)
+    with pytest.raises(UserError, match="config"):
+        train.main(arguments)
+    assert contents(finished) == before
+
+
+def test_another_tokenizer_is_refused(arguments, finished):
+    path = finished / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    path.write_text(json.dumps(spec | {"ranks": spec["ranks"][:-1]}))
+    with pytest.raises(UserError, match="another tokenizer"):
+        train.main(arguments)
+
+
+@pytest.mark.parametrize("base, said", [
+    ("", "has finished"), ("adapters/lora-seed0.safetensors", "holds no base"),
+])
+def test_what_is_no_base_is_refused(base, said, arguments, finished, tmp_path):
+    with pytest.raises(UserError, match=said):
+        train.main([*arguments, "--base", str(finished / base), "--out", str(tmp_path / "new")])
+
+
+def test_a_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_state(
+    arguments, tmp_path, monkeypatch
+):
+    original = train.row_losses
+    calls = iter(range(1000))
+
+    def poisoned(*args):
+        return original(*args) * (float("nan") if next(calls) == 5 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "row_losses", poisoned)
+        with pytest.raises(UserError, match="--base-lr"):
+            train.main(arguments)
+    records = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in records and len(records.splitlines()) == 1
+    train.main(["--resume", "--out", arguments[-1]])  # from before it went wrong
+
+
+def test_a_deleted_adapter_is_trained_anew_and_ends_the_same(arguments, finished):
+    before = contents(finished)
+    (finished / "adapters" / "lora-seed0.safetensors").unlink()
+    train.main([*arguments, "--methods", "frozen,lora"])
+    assert contents(finished) == before
+
+
+def test_a_torn_record_and_a_torn_cache_are_mended(
+    arguments, uninterrupted, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "is_finished", lambda *a: True)  # the base alone is trained
+        train.main(arguments)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"method": "lo')
+    for path in (tmp_path / "run" / "cache").glob("*.tokens"):
+        path.write_bytes(path.read_bytes()[:-10])
+    train.main(arguments)
+    assert contents(tmp_path / "run") == uninterrupted
+
+
 @pytest.mark.parametrize("name", ["base.safetensors", "adapters/lora-seed0.safetensors"])
 def test_a_truncated_checkpoint_is_named(name, arguments, finished):
     path = finished / name
@@ -316,7 +383,7 @@ def test_a_truncated_checkpoint_is_named(name, arguments, finished):
     before = path.read_bytes()
     with pytest.raises(UserError, match=path.name) as error:
         train.main([*arguments, "--methods", "frozen,lora"])
-    assert "damaged" in str(error.value) and "\n" not in str(error.value)
+    assert "cut short" in str(error.value) and "\n" not in str(error.value)
     assert path.read_bytes() == before
 
 

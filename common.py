@@ -1,4 +1,4 @@
-"""What both programs need of the machine and of a run folder: devices, flags, weights, loading."""
+"""What train.py and eval.py share: flags, devices, and how a run folder is read."""
 
 import argparse
 import copy
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data import Corpus, Tokenizer, load_examples
+from data import Corpus, Tokenizer
 from files import UserError, read_json, read_tensors
 from hypernet import ChameleonHead
 from model import GPT, GPTConfig, LoRAHead, add_lora
@@ -22,28 +22,34 @@ from model import GPT, GPTConfig, LoRAHead, add_lora
 # --------------------------------------------------------------------------------------- flags
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        silent = action.default in (None, False) or "default" in action.help
+        return action.help if silent else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
+    def __init__(self, *args, **options):
+        super().__init__(*args, formatter_class=Help, **options)
+
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
 
-def whole(minimum):
+def number(kind, low, high=2**31 - 1):
+    """An argparse type: an int or a float from `low` to `high`."""
+
     def parse(text):
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum}, not {text!r}")
-        return int(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text!r}")
+        return value
 
     return parse
-
-
-def positive(text):
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-    return number
 
 
 def listed(choices):
@@ -58,9 +64,7 @@ def listed(choices):
 
 
 def seeds(text):
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"must be whole numbers like 0,1,2, not {text!r}")
-    return sorted({int(part) for part in text.split(",")})
+    return sorted({number(int, 0)(part) for part in text.split(",")})
 
 
 # -------------------------------------------------------------------------------------- device
@@ -133,7 +137,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     tokenizer: Tokenizer
-    examples: dict  # split -> Examples
+    examples: dict | None = None  # split -> Examples
     base: GPT | None = None
 
     @functools.cached_property
@@ -160,23 +164,35 @@ def weights(model):
 @torch.no_grad()
 def load_weights(model, tensors, path):
     wanted = weights(model)
-    if wanted.keys() != tensors.keys() or any(
-        wanted[name].shape != tensor.shape for name, tensor in tensors.items()
-    ):
-        odd = sorted(wanted.keys() ^ tensors.keys()) or [
-            f"{n} {tuple(t.shape)}" for n, t in tensors.items() if t.shape != wanted[n].shape
-        ]
-        raise UserError(f"{path} does not fit this model ({odd[0]}); it is from another setting")
+    odd = {(n, t.shape) for n, t in wanted.items()} ^ {(n, t.shape) for n, t in tensors.items()}
+    if odd:
+        raise UserError(f"{path} is of another setting: {min(odd)[0]} does not fit this model")
     for name, tensor in tensors.items():
         wanted[name].copy_(tensor)
 
 
-def load_base(path, device):
-    """The frozen base of a run folder, or of a run that --base names."""
+def read_plan(path, kind):
+    """Tensors of a checkpoint, and the plan that trained it; kind: "base" or "adapter"."""
     tensors, info = read_tensors(path)
-    model = GPT(GPTConfig(**info["plan"]["config"]))
+    plan = info.get("plan") or {}
+    if {"base": "config", "adapter": "base"}[kind] not in plan:
+        raise UserError(f"{path} holds no {kind}")
+    return tensors, plan
+
+
+def load_base(path, device, tokenizer):
+    """The frozen base of a run folder, or of a run that --base names."""
+    tensors, plan = read_plan(path, "base")
+    if plan["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"{path} was trained with another tokenizer than the one beside it")
+    model = GPT(GPTConfig(**plan["config"]))
     load_weights(model, tensors, path)
     return model.to(device).requires_grad_(False)
+
+
+def label(plan):
+    """What a training is called in logs, tables and figures; a leak is never left unsaid."""
+    return plan["method"] + (" (LEAKS: full scope)" if plan.get("stat_scope") == "full" else "")
 
 
 def adapt(base, plan):
@@ -195,32 +211,51 @@ def adapter_path(run, method, seed):
     return run.folder / "adapters" / f"{method}-seed{seed}.safetensors"
 
 
+# Settings that a run folder has once; a later call into the same folder must agree with them.
+ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "base_lr",
+        "base_epochs", "base_batch_size", "dropout", "dtype")
+
+
 def remembered(folder):
     """config.json of a run folder; None for a new or empty one."""
-    if (folder / "config.json").exists():
-        return read_json(folder / "config.json")
-    if folder.exists() and any(path.name != "cache" for path in folder.iterdir()):
+    path = folder / "config.json"
+    if path.exists():
+        config = read_json(path)
+        known = config.get("args") if isinstance(config, dict) else None
+        if not isinstance(known, dict) or not {*ONCE, "data_dir"} <= known.keys():
+            raise UserError(f"{path} is not what train.py wrote: settings are missing")
+        return config
+    if folder.exists() and (folder.is_file() or any(p.name != "cache" for p in folder.iterdir())):
         raise UserError(f"{folder} is not empty and holds no run; choose another --out")
     return None
 
 
-def open_corpus(args, config):
+def read_records(folder):
+    """Records of metrics.jsonl. A kill can tear its last line, which then does not count."""
+    path, records = folder / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def open_corpus(dataset, data_dir, config):
     """The data set; it must be the text that the run knows, if there is a run."""
-    corpus = Corpus(args.dataset, args.data_dir)
-    if config and config["data"] != corpus.fingerprint:
-        raise UserError(f"--dataset {args.dataset} has another text than when the run was made; "
-                        f"put the old text back, or choose another --out")
+    corpus = Corpus(dataset, data_dir)
+    if config and config.get("data") != corpus.fingerprint:
+        raise UserError(f"--dataset {dataset} has another text than when the run was made; put the "
+                        f"old text back, or choose another run folder")
     return corpus
 
 
-def open_run(folder, device):
-    """Open a finished or half-finished run for scoring; returns it and its config.json."""
+def open_run(folder, device, dtype=None):
+    """A finished or half-finished run, without its examples, and its config.json."""
     config = remembered(folder)
     if config is None:
         raise UserError(f"{folder} holds no run; train one first: python train.py")
-    args = argparse.Namespace(**config["args"])
-    corpus, tokenizer = open_corpus(args, config), Tokenizer.load(folder / "tokenizer.json")
-    examples = load_examples(corpus, tokenizer, args.block_size, folder / "cache")
-    run = Run(folder, device, getattr(torch, args.dtype), tokenizer, examples)
-    run.base = load_base(folder / "base.safetensors", device)
+    dtype = choose_dtype(dtype or config["args"]["dtype"], device)[0]
+    run = Run(folder, device, dtype, Tokenizer.load(folder / "tokenizer.json"))
+    run.base = load_base(folder / "base.safetensors", device, run.tokenizer)
     return run, config
