@@ -300,7 +300,8 @@ def main(argv=None):
     table, notes = make_table(entries), make_notes(run, config, entries)
     write_text(folder / "results.md", table + "\n" + notes)
     write_json(folder / "results.json", {
-        "args": config["args"], "data": config["data"], "torch": torch.__version__,
+        "args": {key: value for key, value in config["args"].items() if key != "data_dir"},
+        "data": config["data"], "torch": torch.__version__,
         "python": platform.python_version(), "machine": platform.machine(), "entries": entries,
     })
     print("\n" + table + "\n" + notes)
