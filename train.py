@@ -442,6 +442,7 @@ def main(argv=None):
             raise UserError(f"--base {trained}: not a base.safetensors whose training has finished")
         config = GPTConfig(**read_plan(trained, "base")[1]["config"])
     else:
+        why_size = "asked for" if args.size else f"the default on {device.type}"
         args.size = args.size or ("small" if device.type == "cuda" else "nano")
         config = GPTConfig(**SIZES[args.size], dropout=args.dropout)
         config.block_size = args.block_size or config.block_size
@@ -472,8 +473,8 @@ def main(argv=None):
         print(f"base: {trained}, trained before")
     else:
         is_finished(base_path, plan := base_plan(run, args, config), args.resume)
-        print(f"base: {args.size}, {config.n_layer} layers of width {config.n_embd}, rows of "
-              f"{args.block_size} tokens, {args.base_batch_size} in a batch, {plan['steps']} steps")
+        print(f"base: {args.size} ({why_size}), {config.n_layer} layers of width "
+              f"{config.n_embd}, rows of {args.block_size} tokens, {args.base_batch_size} in a batch, {plan['steps']} steps")
 
     try:
         write_settings(run, args, corpus)
