@@ -474,7 +474,8 @@ def main(argv=None):
     else:
         is_finished(base_path, plan := base_plan(run, args, config), args.resume)
         print(f"base: {args.size} ({why_size}), {config.n_layer} layers of width "
-              f"{config.n_embd}, rows of {args.block_size} tokens, {args.base_batch_size} in a batch, {plan['steps']} steps")
+              f"{config.n_embd}, rows of {args.block_size} tokens, "
+              f"{args.base_batch_size} in a batch, {plan['steps']} steps")
 
     try:
         write_settings(run, args, corpus)
