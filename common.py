@@ -1,71 +1,25 @@
-"""What train.py and eval.py share: flags, devices, and how a run folder is read."""
+"""What train.py and eval.py share: devices, processes, and how a run folder is read."""
 
-import argparse
 import copy
 import ctypes
 import functools
 import hashlib
 import json
-import math
+import os
+import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from data import Corpus, Tokenizer
-from files import UserError, read_json, read_tensors
+from files import UserError, read_tensors
+from flags import remembered
 from hypernet import ChameleonHead
 from model import GPT, GPTConfig, LoRAHead, add_lora
-
-# --------------------------------------------------------------------------------------- flags
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        silent = action.default in (None, False) or "default" in action.help
-        return action.help if silent else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    def __init__(self, *args, **options):
-        super().__init__(*args, formatter_class=Help, **options)
-
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
-
-
-def number(kind, low, high=2**31 - 1):
-    """An argparse type: an int or a float from `low` to `high`."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text!r}")
-        return value
-
-    return parse
-
-
-def listed(choices):
-    def parse(text):
-        names = text.split(",")
-        for name in names:
-            if name not in choices:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(choices)}")
-        return list(dict.fromkeys(names))
-
-    return parse
-
-
-def seeds(text):
-    return sorted({number(int, 0)(part) for part in text.split(",")})
-
 
 # -------------------------------------------------------------------------------------- device
 
@@ -91,23 +45,34 @@ def choose_dtype(name, device):
         return getattr(torch, name), "asked for"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU has it"
-        return torch.float32, "this GPU has no bfloat16"
+            return torch.bfloat16, "this GPU has it"
+        return torch.float16, "this GPU has no bfloat16; losses are scaled to keep gradients"
     if device.type == "mps":
         return torch.float32, "the safe choice on MPS"
-
-    def seconds(dtype):
-        a = torch.ones(1024, 1024, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    ratio = seconds(torch.float32) / seconds(torch.bfloat16)
+    ratio = matrix_rate(device, torch.bfloat16) / matrix_rate(device, torch.float32)
     dtype = torch.bfloat16 if ratio > 1.5 else torch.float32
     return dtype, f"bfloat16 multiplies {ratio:.1f} times as fast as float32 here"
+
+
+def matrix_rate(device, dtype, repeats=5):
+    """Operations a second of a square matrix product, the best of a few: two per multiply-add."""
+    n = 8192 if device.type == "cuda" else 512
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    a @ a
+    times = []
+    for _ in range(repeats):
+        wait(device)
+        start = time.perf_counter()
+        a @ a
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
+
+
+def wait(device):
+    """Until the device has done what it was asked; a CPU always has."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
 
 
 def keep_freed_memory():
@@ -126,6 +91,49 @@ def keep_freed_memory():
     libc.mallopt(M_TOP_PAD, 1 << 28)
 
 
+@contextmanager
+def memory_advice(flags):
+    """Tell in one line that memory has run out, and which flags help."""
+    try:
+        yield
+    except RuntimeError as error:  # CUDA has a class of its own for this, CPU and MPS have not
+        if not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
+            raise
+        raise UserError(f"out of memory ({str(error).splitlines()[0][:150]}); {flags}") from None
+
+
+# ----------------------------------------------------------------------------------- processes
+
+
+def join_processes(device):
+    """(rank, number of processes, device) among those that torchrun has started, if it has.
+
+    Without torchrun (0, 1, device). Only rank 0 prints and writes. The processes of one machine
+    share its cores.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, device
+    local = int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    torch.set_num_threads(max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def cores():
+    """Processor cores that this process may use: a container's share, not the whole machine."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(there, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return there
+
+
 # ---------------------------------------------------------------------------------- run folder
 
 
@@ -136,9 +144,11 @@ class Run:
     folder: Path
     device: torch.device
     dtype: torch.dtype
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None = None
     examples: dict | None = None  # split -> Examples
     base: GPT | None = None
+    rank: int = 0  # of this process, among `world`
+    world: int = 1
 
     @functools.cached_property
     def base_fingerprint(self):
@@ -153,6 +163,30 @@ class Run:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    def add_up(self, array):
+        """Sum of every process's `array`."""
+        if self.world == 1:
+            return array
+        total = torch.from_numpy(array).to(self.device)
+        dist.all_reduce(total)
+        return total.cpu().numpy()
+
+    def from_first(self, make):
+        """What `make()` returns in the first process, for all."""
+        box = [make() if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    @contextmanager
+    def first_goes_ahead(self):
+        """Have the first process go through a block alone, then the others find what it left."""
+        if self.rank:
+            dist.barrier()
+        yield
+        if self.world > 1 and not self.rank:
+            dist.barrier()
 
 
 def weights(model):
@@ -209,25 +243,6 @@ def adapt(base, plan):
 
 def adapter_path(run, method, seed):
     return run.folder / "adapters" / f"{method}-seed{seed}.safetensors"
-
-
-# Settings that a run folder has once; a later call into the same folder must agree with them.
-ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "base_lr",
-        "base_epochs", "base_batch_size", "dropout", "dtype")
-
-
-def remembered(folder):
-    """config.json of a run folder; None for a new or empty one."""
-    path = folder / "config.json"
-    if path.exists():
-        config = read_json(path)
-        known = config.get("args") if isinstance(config, dict) else None
-        if not isinstance(known, dict) or not {*ONCE, "data_dir"} <= known.keys():
-            raise UserError(f"{path} is not what train.py wrote: settings are missing")
-        return config
-    if folder.exists() and (folder.is_file() or any(p.name != "cache" for p in folder.iterdir())):
-        raise UserError(f"{folder} is not empty and holds no run; choose another --out")
-    return None
 
 
 def read_records(folder):

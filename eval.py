@@ -14,44 +14,27 @@ import platform
 import time
 from pathlib import Path
 
+from files import UserError, run_cli, write_json, write_text
+from flags import eval_parser
+
+if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
+    run_cli(eval_parser().parse_args)
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common import (Parser, adapt, adapter_path, choose_device, keep_freed_memory, label,
-                    load_weights, number, open_corpus, open_run, read_plan, read_records)
+from common import (adapt, adapter_path, choose_device, keep_freed_memory, label, load_weights,
+                    memory_advice, open_corpus, open_run, read_plan, read_records)
 from data import RESPONSE, Examples, load_examples
-from files import UserError, run_cli, write_json, write_text
 from hypernet import Prompts
 from model import generate
 from scoring import company, score, scored_bytes, summed
 
+
 # Okabe & Ito's palette: told apart by all kinds of colour vision, and in grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 CONTROLS = ("own prompt only", "shuffled", "constant")
-
-
-def make_parser():
-    parser = Parser("eval.py", description="Score a run's adapters, or continue prompts.")
-    add = parser.add_argument
-    add("run", help="run folder that train.py wrote")
-    add("--inference", choices=("fit", "assign"), help="cluster requests by k-means among "
-        "themselves, or by the nearest training centroid (default: as in training)")
-    add("--batch-size", type=number(int, 1), default=64, help="rows scored at a time; changes "
-        "speed and memory, not results")
-    add("--data-dir", help="where the data set lies (default: as in training)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to score")
-    add("--dtype", choices=("auto", "float32", "bfloat16"),
-        help="of matrix products (default: as in training)")
-    add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead")
-    add("--method", default="chameleon", help="with --prompts: the adapter that continues them")
-    add("--seed", type=number(int, 0), default=0, help="with --prompts: the adapter's seed, and "
-        "the sampler's")
-    add("--max-new-tokens", type=number(int, 1), default=60, help="with --prompts: length")
-    add("--temperature", type=number(float, 0, 1e3), default=0.8,
-        help="with --prompts: 0 is greedy")
-    add("--top-k", type=number(int, 1), default=50, help="with --prompts: tokens to draw from")
-    return parser
 
 
 # ------------------------------------------------------------------------------------- scoring
@@ -74,8 +57,9 @@ def score_model(run, model, plan, args, n_bytes, control=None):
     for split in ("validation", "test"):
         examples = run.examples[split]
         start = time.perf_counter()
-        context = company(model, examples, plan, inference, control)
-        found = summed(*score(model, examples, args.batch_size, run.autocast, **context))
+        with memory_advice("lower --batch-size"):
+            context = company(model, examples, plan, inference, control)
+            found = summed(*score(run, model, examples, args.batch_size, **context))
         seconds += time.perf_counter() - start
         result[split] = found | {
             "perplexity": math.exp(found["loss"]),
@@ -201,8 +185,8 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
     """Validation prompts in the plane of most variance (PCA), coloured by cluster."""
     examples = run.examples["validation"]
     prompts = Prompts(examples, run.base.transformer.wte, plan["stat_scope"])
-    features = prompts.features(model.lm_head.center).cpu()
-    cluster = company(model, examples, plan, inference)["cluster"].cpu().numpy()
+    features = prompts.features(model.lm_head.center.cpu())
+    cluster = company(model, examples, plan, inference)["cluster"].numpy()
     centred = features - features.mean(dim=0)
     _, scales, axes_of = torch.linalg.svd(centred, full_matrices=False)
     plane = (centred @ axes_of[:2].T).numpy()  # (N, C) @ (C, 2) -> (N, 2)
@@ -286,7 +270,7 @@ def continue_prompts(run, config, args):
 
 def main(argv=None):
     """Score the run, or continue prompts; returns the entries of results.json, or token ids."""
-    args = make_parser().parse_args(argv)
+    args = eval_parser().parse_args(argv)
     keep_freed_memory()
     folder = Path(args.run)
     run, config = open_run(folder, choose_device(args.device)[0], args.dtype)

@@ -13,6 +13,9 @@ standardised, which the network's dropout of 0.5 gives way to; and the network s
 LoRA, A random and B zero whatever the statistic, so that the first logits are the frozen head's.
 """
 
+import tempfile
+
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -63,8 +66,8 @@ class ChameleonHead(LMHead):
         33 r (C + V) parameters. With C = 768, V = 50,257 and r = 4 the network has 6,786,596, 33
         times the 204,100 of LoRA on the head.
     form "light": U = W P with P (C, r) written by the network, 33 r (2 C) parameters in its
-        output layer, whatever the vocabulary: 254,048 in all at the same sizes. The update can
-        then only move h within the space that W reads, W (h + scale P A h).
+        output layer, whatever the vocabulary: 254,048 in all at the same sizes. It can
+        only move h within the space that W reads, W (h + scale P A h).
 
     `center` and `spread` (C,) standardise the statistic and `centroids` (K, C) are the training
     clusters; all three are measured on the training prompts and kept with the weights.
@@ -96,15 +99,20 @@ class ChameleonHead(LMHead):
         """Cluster the training prompts; keep what inference needs."""
         self.center.copy_(prompts.mean.mean(dim=0))
         self.spread.copy_(prompts.mean.std(dim=0, correction=0))
-        features = prompts.features(self.center)
-        self.centroids.copy_(kmeans(features, len(self.centroids), generator).centroids)
+        self.centroids.copy_(self.kmeans(prompts, len(self.centroids), generator).centroids)
+
+    def features(self, prompts):
+        return prompts.features(self.center.cpu()).to(self.weight.device)
+
+    def kmeans(self, prompts, k, generator):
+        return kmeans(self.features(prompts), k, generator)
 
     def nearest(self, prompts):
         """Nearest training centroid (N,) of each prompt; for training prompts, their cluster."""
-        return assign(prompts.features(self.center), self.centroids)[0]
+        return assign(self.features(prompts), self.centroids)[0].cpu()
 
     def group(self, prompts, k=None, generator=None):
-        """Cluster (N,) of new requests, and the statistics (K, C) of those clusters.
+        """Cluster (N,) of new requests, and the statistics (K, C) of those clusters, on the CPU.
 
         With k, by k-means on the requests at hand (the paper's inference-time clusters); without,
         by the nearest training centroid, which also serves a single request. Either way a
@@ -113,52 +121,59 @@ class ChameleonHead(LMHead):
         if k is None:
             cluster = self.nearest(prompts)
         else:
-            cluster = kmeans(prompts.features(self.center), k, generator).cluster
+            cluster = self.kmeans(prompts, k, generator).cluster.cpu()
         cluster = cluster.unique(return_inverse=True)[1]  # number the clusters that have members
         return cluster, prompts.statistics(cluster)
 
     def factors(self, statistics):
-        """A (K, r, C), and B (K, V, r) or, in the light form, P (K, C, r), of statistics (K, C)."""
         K, C = statistics.shape
         standard = (statistics - self.center) / self.spread.clamp(min=1e-6)
         out = self.hypernetwork(standard)  # (K, C) -> (K, r C + r V)
         A, B = out.split([self.rank * C, self.rank * self.n_out], dim=1)
-        # (K, r C) -> (K, r, C) and (K, V r) -> (K, V, r)
-        return A.view(K, self.rank, C), B.view(K, self.n_out, self.rank)
-
-    def forward(self, hidden, statistics, cluster):
-        A, B = self.factors(statistics)
-        z = torch.bmm(hidden, A[cluster].mT)  # (B, T, C) @ (B, C, r) -> (B, T, r)
-        update = self.scale * torch.bmm(z, B[cluster].mT)  # (B, T, r) @ (B, r, V or C)
+        A, B = A.view(K, self.rank, C), B.view(K, self.n_out, self.rank)  # (K, r C), (K, V r)
         if self.form == "light":
-            return F.linear(hidden + update, self.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
-        return F.linear(hidden, self.weight) + update  # (B, T, V)
+            B = self.weight @ B  # (V, C) @ (K, C, r) -> (K, V, r)
+        return self.scale * A, B
 
 
 class Prompts:
     """What clustering and statistics see of N examples: each one's mean embedding and length.
 
-    mean (N, C) and count (N,), of the tokens in `scope`: "prompt", or "full" (it leaks; see
-    `Examples.prompts`). Summed up once, so that drawing a batch anew costs no embedding look-up.
+    mean (N, C) and count (N,), on the CPU, of the tokens in `scope`: "prompt", or "full" (it
+    leaks; see `Examples.prompts`). Summed up once: drawing a batch anew costs no embedding look-up.
     """
 
     @torch.no_grad()
     def __init__(self, examples, embedding, scope="prompt", chunk=1024):
-        device = embedding.weight.device
-        means, counts = [], []
+        weight = embedding.weight.detach()
+        self.mean = table(len(examples), weight.shape[1])
+        self.count = torch.empty(len(examples))
         for rows in torch.arange(len(examples)).split(chunk):
-            tokens, mask = (t.to(device) for t in examples.prompts(rows, scope))
-            own = torch.arange(len(rows), device=device)
-            means.append(batch_statistics(embedding(tokens), mask, own))
-            counts.append(mask.sum(dim=1))
-        self.mean, self.count = torch.cat(means).float(), torch.cat(counts)
+            tokens, mask = examples.prompts(rows, scope)
+            self.count[rows] = mask.sum(dim=1).float()
+            # Sums of embeddings, without a (B, P, C) of them: (B, P) -> (B, C).
+            total = F.embedding_bag(
+                tokens.to(weight.device), weight, mode="sum",
+                per_sample_weights=mask.to(weight.device, weight.dtype))
+            self.mean[rows] = total.float().cpu() / self.count[rows, None]
 
     def features(self, center):
         """What k-means clusters: mean embeddings, less the corpus's, on the unit sphere (N, C)."""
-        return F.normalize(self.mean - center, dim=1)
+        features = table(*self.mean.shape)
+        for rows in torch.arange(len(self.mean)).split(1 << 14):
+            features[rows] = F.normalize(self.mean[rows] - center, dim=1)
+        return features
 
     def statistics(self, cluster, index=slice(None)):
         """Statistics (K, C) of clusters made of all examples, or of those in `index` (B,)."""
         mean, count = self.mean[index], self.count[index]
         # Each row counts as one token that stands there `count` times: (B, 1, C) and (B, 1).
         return batch_statistics(mean[:, None], count[:, None], cluster)
+
+
+def table(n_rows, n_columns):
+    """Empty float32 (N, C); past 1 GiB in a temporary file, which need not fit into memory."""
+    if 4 * n_rows * n_columns <= 1 << 30:
+        return torch.empty(n_rows, n_columns)
+    with tempfile.TemporaryFile() as file:  # it lives as long as it is mapped
+        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(n_rows, n_columns)))

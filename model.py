@@ -59,9 +59,23 @@ class Attention(nn.Module):
         )
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, all tokens so far, C/H)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if T == 1:
+            y = attend_once(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, C/H) -> (B, T, C)
         return self.dropout(self.c_proj(y))
+
+
+def attend_once(q, k, v, mask=None):
+    """Attention of one query: q (B, H, 1, C/H), k and v (B, H, keys, C/H) -> (B, H, 1, C/H).
+
+    Written out: the CPU's flash kernel takes eight times as long where it has nothing to tile.
+    """
+    scores = q * q.shape[3] ** -0.5 @ k.mT  # (B, H, 1, C/H) @ (B, H, C/H, keys)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=3) @ v  # (B, H, 1, keys) @ (B, H, keys, C/H)
 
 
 class MLP(nn.Module):
@@ -90,10 +104,10 @@ class Block(nn.Module):
 
 
 class LMHead(nn.Module):
-    """logits = W h. Every head of the project is called as this one is.
+    """logits = W h + B A h, with W frozen; here without the update B A.
 
-    hidden (B, T, C), statistics (K, C) and cluster (B,) -> logits (B, T, V). `statistics` holds
-    one row per cluster and `cluster` names each sequence's row; a static head ignores both.
+    Every head of the project is called as this one is, and differs in its `factors` alone: one
+    pair for all sequences, or one per cluster, made from the clusters' statistics (K, C).
     """
 
     needs_statistics = False
@@ -102,12 +116,29 @@ class LMHead(nn.Module):
         super().__init__()
         self.weight = weight  # (V, C), the token embedding itself
 
-    def forward(self, hidden, statistics=None, cluster=None):
-        return F.linear(hidden, self.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
+    def factors(self, statistics=None):
+        """A (K, r, C) and B (K, V, r), or None: to be made once for any number of calls."""
+
+    def project(self, hidden, factors, cluster=None):
+        """A h, the low-rank side of each sequence's update: hidden (B, T, C) -> (B, T, r)."""
+        A = factors[0]
+        if len(A) == 1:
+            return F.linear(hidden, A[0])  # (B, T, C) @ (C, r) -> (B, T, r)
+        return torch.bmm(hidden, A[cluster].mT)  # (B, T, C) @ (B, C, r) -> (B, T, r)
+
+    def forward(self, hidden, factors, cluster=None):
+        """Logits (B, T, V) of hidden (B, T, C); cluster (B,) names each sequence's factors."""
+        logits = F.linear(hidden, self.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
+        if factors is None:
+            return logits
+        z, B = self.project(hidden, factors, cluster), factors[1]
+        if len(B) == 1:
+            return logits + F.linear(z, B[0])  # (B, T, r) @ (r, V) -> (B, T, V)
+        return logits + torch.bmm(z, B[cluster].mT)  # (B, T, r) @ (B, r, V) -> (B, T, V)
 
 
 class LoRAHead(LMHead):
-    """logits = W h + (alpha / rank) B A h, with A (r, C) and B (V, r) trained, W frozen.
+    """logits = W h + (alpha / rank) B A h, with A (r, C) and B (V, r) trained.
 
     rank * (C + V) parameters. It cannot be merged: W is also the token embedding, and adding the
     update to it would change what the model reads, not only what it predicts.
@@ -119,10 +150,8 @@ class LoRAHead(LMHead):
         self.scale = alpha / rank
         self.lora_A, self.lora_B = lora_factors(C, V, rank, weight.device)
 
-    def forward(self, hidden, statistics=None, cluster=None):
-        z = F.linear(hidden, self.lora_A)  # (B, T, C) @ (C, r) -> (B, T, r)
-        update = F.linear(z, self.lora_B)  # (B, T, r) @ (r, V) -> (B, T, V)
-        return super().forward(hidden) + self.scale * update
+    def factors(self, statistics=None):
+        return self.scale * self.lora_A[None], self.lora_B[None]  # (1, r, C), (1, V, r)
 
 
 class GPT(nn.Module):
@@ -171,8 +200,8 @@ class GPT(nn.Module):
             mask = (causal & real)[:, None]  # (B, 1, T, past + T)
             # Padding has no position, nor has what follows a full context: neither is read.
             position = (position - pad[:, None]).clamp(0, self.config.block_size - 1)  # (B, T)
-        elif past:
-            raise ValueError("continuing from a cache needs pad (zeros if nothing is padded)")
+        elif past and T > 1:
+            raise ValueError("several tokens after a cache need pad (zeros if nothing is padded)")
         x = self.transformer.wte(tokens) + self.transformer.wpe(position)  # (B, T, C)
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
@@ -180,8 +209,8 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, tokens, statistics=None, cluster=None):
-        """Logits (B, T, V) of token ids (B, T); statistics and cluster as in `LMHead`."""
-        return self.lm_head(self.hidden(tokens), statistics, cluster)
+        """Logits (B, T, V) of token ids (B, T); statistics (K, C) and cluster (B,) adapt them."""
+        return self.lm_head(self.hidden(tokens), self.lm_head.factors(statistics), cluster)
 
 
 # ---------------------------------------------------------------------------------------- LoRA
@@ -266,16 +295,19 @@ def unmerge_lora(model):
 
 
 class KVCache:
-    """Keys and values of one layer, (B, H, tokens so far, C/H) each."""
+    """Keys and values of one layer, (B, H, room, C/H) each, of which `length` tokens are there."""
 
-    def __init__(self):
-        self.length, self.k, self.v = 0, None, None
+    def __init__(self, room):
+        self.room, self.length = room, 0
 
     def append(self, k, v):
-        if self.length:
-            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        self.length, self.k, self.v = k.shape[2], k, v
-        return k, v
+        if self.length == 0:
+            B, H, _, D = k.shape
+            self.k, self.v = k.new_empty(B, H, self.room, D), v.new_empty(B, H, self.room, D)
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
 
 @torch.no_grad()
@@ -283,28 +315,31 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
              top_k=None, stop_token=None, generator=None, use_cache=True):
     """Continue each prompt; returns a list of lists of new token ids.
 
-    prompts: B lists of token ids, of any lengths; statistics (K, C) and cluster (B,) as in
-    `LMHead`. temperature 0 takes the most likely token; otherwise one is drawn, with
+    prompts: B lists of token ids, of any lengths; statistics (K, C) and cluster (B,) adapt the
+    head. temperature 0 takes the most likely token; otherwise one is drawn, with
     `generator`, from the `top_k` most likely at that temperature. A sequence ends before
     `stop_token`, after max_new_tokens, or where the context is full. Raises ValueError for an
     empty prompt and for one that fills the context.
     """
     device = next(model.parameters()).device
     context = model.config.block_size
-    longest = max(map(len, prompts))
-    if min(map(len, prompts)) == 0:
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    if shortest == 0:
         raise ValueError("an empty prompt cannot be continued")
     if longest >= context:
         raise ValueError(f"a prompt of {longest} tokens leaves no room in a context of {context}")
     # Prompts are padded at the left, so that all sequences grow at the right together.
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
+    masked = pad if shortest < longest else None  # without padding there is nothing to mask
     tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    cache = [KVCache() for _ in model.transformer.h] if use_cache else None
+    room = min(longest + max_new_tokens, context + longest - shortest)
+    cache = [KVCache(room) for _ in model.transformer.h] if use_cache else None
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    factors = model.lm_head.factors(statistics)
     new = tokens
     while tokens.shape[1] < longest + max_new_tokens and not done.all():
-        hidden = model.hidden(new if use_cache else tokens, cache, pad)
-        logits = model.lm_head(hidden[:, -1:], statistics, cluster)[:, 0].float()  # (B, V)
+        hidden = model.hidden(new if use_cache else tokens, cache, masked)
+        logits = model.lm_head(hidden[:, -1:], factors, cluster)[:, 0].float()  # (B, V)
         if temperature == 0:
             new = logits.argmax(dim=1, keepdim=True)  # (B, 1)
         else:

@@ -9,39 +9,115 @@ whole split at once, and no score depends on the batches that it is computed in.
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from data import IGNORE
 from hypernet import Prompts
 
-LOGITS_BYTES = 1 << 28  # logits that exist at one time; more rows than that are taken in turns
+LOGITS_BYTES = 1 << 26  # float32 logits that exist at one time; more tokens are taken in turns
 
 
-def row_losses(head, hidden, targets, statistics=None, cluster=None):
-    """Summed negative log-likelihood (B,) of each row's scored targets, in nats.
+class LinearCrossEntropy(torch.autograd.Function):
+    """Head and loss in one, by turns, so that the (n, V) table of all logits never exists.
 
-    hidden (B, T, C), targets (B, T) with IGNORE where nothing is scored. The head is applied to
-    as many rows at a time as LOGITS_BYTES allows; in training the logits are then computed again
-    for the backward pass instead of being kept.
+    With logits x = W h + B z, p = softmax(x) and y the target, the gradient of -log p_y in x is
+    g = p - e_y; so it is W^T g in h, g h^T in W, B^T g in z and g z^T in B. All of these are at
+    hand while a turn's logits are: no logits are kept and none is computed twice, and the
+    backward pass only scales what the forward pass has left.
     """
-    # Positions before the first scored one in any row need no logits: a quarter of running text.
-    first = int((targets != IGNORE).any(dim=0).int().argmax())
-    hidden, targets = hidden[:, first:], targets[:, first:]
 
-    def part(hidden, targets, cluster):
-        logits = head(hidden, statistics, cluster).float()  # (b, T, V)
-        losses = F.cross_entropy(  # (b * T, V) and (b * T,) -> (b * T,)
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
-        )
-        return losses.view(targets.shape).sum(dim=1)  # (b * T,) -> (b, T) -> (b,)
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, z, B, counts):
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        exact = torch.promote_types(dtype, torch.float32)  # of the softmax, and of sums
+        h, W = hidden.to(dtype), weight.to(dtype)
+        losses = torch.empty(len(targets), dtype=exact, device=hidden.device)
+        train_h, train_W, _, train_z, train_B, _ = ctx.needs_input_grad
+        d_h = torch.empty_like(h) if train_h else None
+        d_W = torch.zeros_like(weight, dtype=exact) if train_W else None
+        d_z = d_B = None
+        if B is not None:
+            z, B = z.to(dtype), B.to(dtype)
+            d_z = torch.empty_like(z) if train_z else None
+            d_B = torch.zeros_like(B, dtype=exact) if train_B else None
+        for k, rows in turns(counts, max(1, LOGITS_BYTES // (4 * len(weight)))):
+            x = h[rows] @ W.T  # (m, C) @ (C, V) -> (m, V)
+            if B is not None:
+                x.addmm_(z[rows], B[k].T)  # (m, r) @ (r, V) -> (m, V)
+            log_p = F.log_softmax(x, dim=1, dtype=exact)
+            target = targets[rows, None]
+            losses[rows] = -log_p.gather(1, target)[:, 0]
+            if not any(ctx.needs_input_grad):
+                continue
+            g = log_p.exp_()
+            g = g.scatter_add_(1, target, -torch.ones_like(target, dtype=exact)).to(dtype)
+            if train_h:
+                d_h[rows] = g @ W  # (m, V) @ (V, C) -> (m, C)
+            if train_W:
+                d_W += g.T @ h[rows]  # (V, m) @ (m, C) -> (V, C)
+            if train_z:
+                d_z[rows] = g @ B[k]  # (m, V) @ (V, r) -> (m, r)
+            if train_B:
+                d_B[k] += g.T @ z[rows]  # (V, m) @ (m, r) -> (V, r)
+        ctx.gradients = d_h, d_W, None, d_z, d_B, None
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
-    rows = max(1, LOGITS_BYTES // (4 * targets.shape[1] * head.weight.shape[0]))
-    if cluster is None:
-        cluster = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
-    parts = list(zip(hidden.split(rows), targets.split(rows), cluster.split(rows), strict=True))
-    if len(parts) > 1 and torch.is_grad_enabled():
-        return torch.cat([checkpoint(part, *p, use_reentrant=False) for p in parts])
-    return torch.cat([part(*p) for p in parts])
+    @staticmethod
+    def backward(ctx, upstream, _):
+        return tuple(d if d is None else d * upstream.to(d.dtype) for d in ctx.gradients)
+
+
+def turns(counts, size):
+    """(k, slice) for `counts` tokens of each cluster that lie side by side, `size` at a time."""
+    start = 0
+    for k, count in enumerate(counts):
+        for first in range(start, start + count, size):
+            yield k, slice(first, min(first + size, start + count))
+        start += count
+
+
+def linear_cross_entropy(hidden, weight, targets, z=None, B=None, counts=None):
+    """Summed negative log-likelihood, which can be differentiated, and each token's (n,).
+
+    hidden (n, C), weight (V, C), targets (n,); logits are W h, or W h + B[k] z with z (n, r) and
+    B (K, V, r), where the first counts[0] tokens have k = 0, the next counts[1] k = 1 and so on.
+    Products are made in autocast's type, the softmax and all sums in float32. At most
+    LOGITS_BYTES of logits exist at a time, and whatever autograd needs is made on the way.
+    """
+    if not torch.is_grad_enabled():
+        weight = weight.detach()
+    return LinearCrossEntropy.apply(hidden, weight, targets, z, B, counts or [len(targets)])
+
+
+def losses(model, tokens, targets, statistics=None, cluster=None):
+    """Negative log-likelihood of the scored targets, in nats: summed (), and of each row (B,).
+
+    tokens and targets (B, T), IGNORE where nothing is scored, and cluster (B,) lie on the CPU, so
+    that nothing here waits for the device; statistics (K, C) lie on it. The sum can be
+    differentiated, the rows cannot.
+    """
+    head, device = model.lm_head, model.lm_head.weight.device
+    hidden = model.hidden(tokens.to(device, non_blocking=True))
+    factors = head.factors(statistics)
+    place = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (n,) of B * T
+    z = B = counts = None
+    if factors is not None:
+        z, B = head.project(hidden, factors, cluster), factors[1]
+        if len(B) > 1:  # tokens of a cluster side by side
+            k = cluster[place // targets.shape[1]]
+            place, counts = place[k.argsort(stable=True)], k.bincount(minlength=len(B)).tolist()
+    wanted = targets.flatten()[place].to(device, non_blocking=True)
+    place = place.to(device, non_blocking=True)
+
+    def scored(x):
+        return x.flatten(0, 1).index_select(0, place)  # (B, T, ...) -> (n, ...)
+
+    total, each = linear_cross_entropy(
+        scored(hidden), head.weight, wanted, z if z is None else scored(z), B, counts)
+    rows = each.new_zeros(targets.numel()).index_copy_(0, place, each)  # (B * T,)
+    return total, rows.view(targets.shape).sum(dim=1)
 
 
 def summed(losses, counts):
@@ -60,32 +136,31 @@ def scored_bytes(examples, sizes, whole=False):
 
 
 @torch.no_grad()
-def score(model, examples, batch_size, autocast, statistics=None, cluster=None, whole=False):
+def score(run, model, examples, batch_size, statistics=None, cluster=None, whole=False):
     """Score every example: losses (N,) in nats, float64, and scored tokens (N,).
 
     statistics (K, C) and cluster (N,) are the company that the examples keep: chosen for all of
-    them together, so that no result depends on `batch_size`.
+    them together, so that no result depends on `batch_size`, nor on the number of processes.
     """
-    device = next(model.parameters()).device
     model.eval()
-    losses, counts = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
+    nll, counts = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
     by_length = np.argsort(examples.length, kind="stable")  # little padding within a batch
-    for index in np.split(by_length, range(batch_size, len(examples), batch_size)):
-        tokens, targets = (t.to(device) for t in examples.batch(index, whole))
+    batches = np.split(by_length, range(batch_size, len(examples), batch_size))
+    for index in batches[run.rank :: run.world]:
+        tokens, targets = examples.batch(index, whole)
         s, c = statistics, None
         if cluster is not None:
-            used, c = cluster[torch.from_numpy(index).to(cluster.device)].unique(
-                return_inverse=True)
-            s = statistics[used]
-        with autocast:
-            rows = row_losses(model.lm_head, model.hidden(tokens), targets, s, c)
-        losses[index] = rows.cpu().numpy()  # summed up in float64 from here on
-        counts[index] = (targets != IGNORE).sum(dim=1).cpu().numpy()
-    return losses, counts
+            used, c = cluster[torch.from_numpy(index)].unique(return_inverse=True)
+            s = statistics[used.to(statistics.device)]
+        with run.autocast:
+            rows = losses(model, tokens, targets, s, c)[1]
+        nll[index] = rows.cpu().numpy()  # summed up in float64 from here on
+        counts[index] = (targets != IGNORE).sum(dim=1).numpy()
+    return run.add_up(nll), run.add_up(counts)
 
 
 def company(model, examples, plan, inference, control=None):
-    """Statistics (K, C) and cluster (N,) of held-out examples, as `score` takes them.
+    """Statistics (K, C) on the model's device and cluster (N,) on the CPU, as `score` takes them.
 
     inference: "fit", k-means on the requests at hand, or "assign", the nearest training centroid.
     control: None, or what replaces the statistic: "own prompt only", "shuffled" or "constant".
@@ -95,14 +170,15 @@ def company(model, examples, plan, inference, control=None):
         return {}
     prompts = Prompts(examples, model.transformer.wte, plan["stat_scope"])
     if control == "own prompt only":
-        cluster = torch.arange(len(examples), device=prompts.mean.device)
-        return {"statistics": prompts.statistics(cluster), "cluster": cluster}
-    k = max(1, round(len(examples) / plan["cluster_size"])) if inference == "fit" else None
-    generator = torch.Generator().manual_seed(plan["seed"])
-    cluster, statistics = head.group(prompts, k, generator)
+        cluster = torch.arange(len(examples))
+        statistics = prompts.statistics(cluster)
+    else:
+        k = max(1, round(len(examples) / plan["cluster_size"])) if inference == "fit" else None
+        generator = torch.Generator().manual_seed(plan["seed"])
+        cluster, statistics = head.group(prompts, k, generator)
     if control == "shuffled":  # every cluster gets another one's statistic
-        order = torch.randperm(len(statistics), generator=generator).to(statistics.device)
+        order = torch.randperm(len(statistics), generator=generator)
         statistics = statistics[order.roll(1)[order.argsort()]]
     elif control == "constant":
         statistics = head.center.expand_as(statistics)
-    return {"statistics": statistics, "cluster": cluster}
+    return {"statistics": statistics.to(head.weight.device), "cluster": cluster}

@@ -23,108 +23,33 @@ import math
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+from files import UserError, read_tensors, run_cli, write_json, write_tensors, write_text
+from flags import parse_train, train_parser
+
+if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
+    run_cli(train_parser().parse_args)
+
 import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from cluster import cluster_batches
-from data import IGNORE, Tokenizer, load_examples
-from files import UserError, read_tensors, run_cli, write_json, write_tensors, write_text
+from common import (Run, adapt, adapter_path, choose_device, choose_dtype, join_processes,
+                    keep_freed_memory, label, load_base, load_weights, matrix_rate, memory_advice,
+                    open_corpus, read_plan, read_records, wait, weights)
+from data import Tokenizer, load_examples
 from hypernet import Prompts
 from model import GPT, SIZES, GPTConfig
-from common import (ONCE, Parser, Run, adapt, adapter_path, choose_device, choose_dtype,
-                    keep_freed_memory, label, listed, load_base, load_weights, number, open_corpus,
-                    read_plan, read_records, remembered, seeds, weights)
-from scoring import company, row_losses, score, scored_bytes, summed
+from scoring import company, losses, score, scored_bytes, summed
 
-METHODS = ("frozen", "lora", "chameleon")
-
-# ----------------------------------------------------------------------------------- arguments
-
-
-def make_parser():
-    parser = Parser(
-        "train.py",
-        description="Train a small GPT, then LoRA and ChameleonLLM adapters on top of it.",
-    )
-    add = parser.add_argument
-    add("--dataset", default="pydocs", help="pydocs (no network), wikitext2, wikitext2-raw, "
-        "alpaca, or a .txt, .json or .jsonl file, or a folder of them")
-    add("--data-dir", default="data", help="where data sets are looked for, and kept when fetched")
-    add("--out", help="run folder (default: runs/DATASET)")
-    add("--resume", action="store_true", help="go on with what --out holds, with its settings")
-    add("--methods", type=listed(METHODS), default=",".join(METHODS), metavar="M,M",
-        help=f"any of {','.join(METHODS)}")
-    add("--seeds", type=seeds, default="0", metavar="N,N", help="one adapter of each method per "
-        "seed: initial values, batches, k-means; the base is always trained with seed 0")
-    add("--base", default="scratch", help="scratch, or another run's base.safetensors")
-    add("--size", choices=SIZES, help="of a base from scratch: nano 2.6M parameters, small 12M, "
-        "gpt2 124M, at their vocabularies; time grows in proportion (default: nano, on CUDA small)")
-    add("--block-size", type=number(int, 4), metavar="T", help="tokens in a row: memory and time "
-        "of a step grow in proportion, attention's with its square (default: by size, nano 256)")
-    add("--tokenizer", choices=("bpe", "gpt2"), default="bpe",
-        help="bpe is trained on the training split")
-    add("--vocab-size", type=number(int, 257), default=4096, metavar="V", help="of bpe; the "
-        "logits, the largest tensor in training, grow in proportion")
-    add("--base-lr", type=number(float, 1e-9, 100), default=3e-3, help="its peak learning rate")
-    add("--base-epochs", type=number(float, 1e-9, 1e6), default=4.0, help="its passes over data")
-    add("--base-batch-size", type=number(int, 1), default=16, help="rows in a step of the base; "
-        "memory grows in proportion")
-    add("--dropout", type=number(float, 0, 0.99), default=0.0, help="on the embedding and the "
-        "residual branches, while the base and the adapters are trained")
-    add("--batch-size", type=number(int, 1), default=32, metavar="B", help="rows in a step of an "
-        "adapter and, on average, in a cluster; memory grows in proportion")
-    add("--lr", type=number(float, 1e-9, 100), default=1e-3, help="adapters' peak learning rate")
-    add("--epochs", type=number(float, 1e-9, 1e6), default=1.0, help="adapters' passes over data")
-    add("--max-steps", type=number(int, 1), metavar="N", help="stop each training after N steps")
-    add("--evaluations", type=number(int, 1), default=8, help="validations per training; one takes "
-        "about a third of the time of training on as many tokens")
-    add("--rank", type=number(int, 1), default=4, metavar="r", help="of every low-rank update")
-    add("--alpha", type=number(float, 1e-9, 1e9), default=8.0, help="updates scale by alpha / rank")
-    add("--head-form", choices=("full", "light"), default="full", help="what the hyper-network "
-        "writes: full A and B (the paper's), or light, whose size ignores the vocabulary")
-    add("--clusters", type=number(int, 1), metavar="K", help="k-means clusters of the training "
-        "prompts (default: one per batch)")
-    add("--stat-scope", choices=("prompt", "full"), default="prompt", help="tokens behind the "
-        "statistics; full LEAKS the tokens to be predicted and is there to show how much")
-    add("--inference", choices=("fit", "assign"), default="fit", help="cluster held-out requests "
-        "by k-means among themselves, or by the nearest training centroid")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto is the "
-        "first of cuda, mps, cpu that is there")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of matrix "
-        "products; bfloat16 halves their memory; auto takes it where it is fast")
-    add("--compile", action="store_true", help="torch.compile: a minute to start, then faster "
-        "steps on CUDA")
-    return parser
-
-
-def parse_args(argv):
-    """Arguments of this call, and config.json of the run that its folder holds, or None.
-
-    What is not given comes from that run: with --resume everything, else what a run has ONCE.
-    """
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    args.out = args.out or f"runs/{Path(args.dataset).stem}"
-    config = remembered(Path(args.out))
-    if config:
-        known = config["args"]
-        parser.set_defaults(
-            **{key: known[key] for key in (known if args.resume else (*ONCE, "data_dir"))})
-        args = parser.parse_args([*(argv if argv is not None else sys.argv[1:]),
-                                  "--out", args.out])
-        for key in ONCE:
-            if known[key] != getattr(args, key):
-                raise UserError(
-                    f"{args.out} is a run with --{key.replace('_', '-')} {known[key]}, not "
-                    f"{getattr(args, key)}; choose another --out, or leave that flag out"
-                )
-    elif args.resume:
-        raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
-    return args, config
+# ------------------------------------------------------------------------------------ training
 
 
 def learning_rate(step, total, peak):
@@ -134,9 +59,6 @@ def learning_rate(step, total, peak):
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-# ------------------------------------------------------------------------------------ training
 
 
 @contextmanager
@@ -174,6 +96,18 @@ def parameter_groups(model):
     ]
 
 
+def flops_per_token(model):
+    """Operations that training on a token takes: two per weight and pass, and attention's.
+
+    The backward pass repeats them for the gradients of what each layer reads and, in a base, of
+    its weights; an adapter's own matrices are too small to count.
+    """
+    config = model.config
+    weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    forward = 2 * weights + 2 * config.n_layer * config.block_size * config.n_embd
+    return forward * (3 if model.transformer.wte.weight.requires_grad else 2)
+
+
 def drop_records(folder, method, seed, after):
     """Remove the records of a training that a resumed run is about to write again."""
     kept = [r for r in read_records(folder)
@@ -181,12 +115,58 @@ def drop_records(folder, method, seed, after):
     write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def fit(run, path, model, plan, batches, batch_loss, evaluate):
+class Objective(nn.Module):
+    """A batch's summed loss as the one module that DistributedDataParallel asks for."""
+
+    def __init__(self, run, model):
+        super().__init__()
+        self.run, self.model = run, model
+
+    def forward(self, *batch):
+        with self.run.autocast:
+            return losses(self.model, *batch)[0]
+
+
+def upcoming(run, plan, step, batches, load, n_scored):
+    """What each step from `step` on needs: its number of scored tokens, of tokens, and its batches.
+
+    The batches are those of this process: number i of a step goes to process i modulo their
+    number. One that gets none computes the first, for nothing, as all have to take part.
+    """
+    epoch, length = None, run.examples["train"].length
+    while step < plan["steps"]:
+        if step // plan["steps_per_epoch"] != epoch:
+            epoch = step // plan["steps_per_epoch"]
+            epoch_batches = batches(epoch)
+        first = step % plan["steps_per_epoch"] * plan["accumulate"]
+        together = epoch_batches[first : first + plan["accumulate"]]
+        mine = [(i, 1.0) for i in range(run.rank, len(together), run.world)] or [(0, 0.0)]
+        loaded = [(i, share, load(together[i])) for i, share in mine]
+        if run.device.type == "cuda":  # from pinned memory a copy waits for nobody
+            loaded = [(i, share, [t if t is None else t.pin_memory() for t in batch])
+                      for i, share, batch in loaded]
+        index = torch.cat(together)
+        yield int(n_scored[index].sum()), int(length[index].sum()), loaded
+        step += 1
+
+
+def ahead(items):
+    """`items`, each made in a thread while the one before it is in use."""
+    items = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = thread.submit(next, items, None)
+            yield item
+
+
+def fit(run, path, model, plan, batches, load, n_scored, evaluate):
     """Train `model`'s trainable parameters; best weights go to `path`, and are loaded at the end.
 
     plan: JSON of everything that shapes the training, among it method, seed, lr, steps and
-    evaluations; batches(epoch) -> index tensors; batch_loss(index) -> summed loss and number of
-    scored tokens; evaluate() -> what `score` returns for the validation split.
+    evaluations; batches(epoch) -> index tensors; load(index) -> tokens, targets, statistics and
+    cluster as `losses` takes them; n_scored (N,), each example's scored tokens; evaluate() ->
+    what `score` returns for the validation split.
     """
     state_path = path.with_suffix(".state.safetensors")
     last_path = path.with_suffix(".last.safetensors")
@@ -195,8 +175,8 @@ def fit(run, path, model, plan, batches, batch_loss, evaluate):
     optimizer = torch.optim.AdamW(
         groups, betas=(0.9, 0.95), fused=run.device.type in ("cpu", "cuda"))
     parameters = [p for g in groups for p in g["params"]]
-    # Dropout draws from the device's generator; batches have generators of their own.
-    draws = torch if run.device.type == "cpu" else torch.get_device_module(run.device)
+    # float16 has no room for small gradients: losses are scaled up, gradients down again.
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     for group in groups:
         count = sum(p.numel() for p in group["params"])
         print(f"  {name}: {count:,} parameters, {group['name']}, weight decay "
@@ -211,65 +191,90 @@ def fit(run, path, model, plan, batches, batch_loss, evaluate):
             i, key = key.split(".")
             moments.setdefault(int(i), {})[key] = tensor
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        draws.set_rng_state(tensors["generator"])
+        scaler.load_state_dict(info["scaler"])
         print(f"  {name}: going on from step {done['step']} of {total}")
-    drop_records(run.folder, label(plan), plan["seed"], done["step"])
+
+    def save(path, tensors, **info):
+        if run.rank == 0:
+            write_tensors(path, tensors, {"plan": plan, "done": done, **info})
 
     def save_state():
         moments = {f"optimizer.{i}.{key}": tensor
                    for i, state in optimizer.state_dict()["state"].items()
                    for key, tensor in state.items()}
         current = {f"model.{n}": tensor for n, tensor in weights(model).items()}
-        current["generator"] = draws.get_rng_state()
-        write_tensors(state_path, current | moments, {"plan": plan, "done": done})
+        save(state_path, current | moments, scaler=scaler.state_dict())
 
+    objective = Objective(run, model)
+    if run.world > 1:
+        objective = DistributedDataParallel(objective, forward_sync_buffers=False)
+    if run.rank == 0:
+        drop_records(run.folder, label(plan), plan["seed"], done["step"])
     evaluate_at = {round(total * (i + 1) / plan["evaluations"]) for i in range(plan["evaluations"])}
-    epoch, epoch_batches = None, []
-    bar = tqdm(total=total, initial=done["step"], desc=name, unit="step", disable=None)
+    steps = upcoming(run, plan, done["step"], batches, load, n_scored)
+    if run.device.type != "cpu":  # a CPU has nothing better to do meanwhile
+        steps = ahead(steps)
+    bar = tqdm(total=total, initial=done["step"], desc=name, unit="step",
+               disable=True if run.rank else None)
     with interruptible() as stopped, bar:
-        while done["step"] < total:
-            started = time.perf_counter()
-            if done["step"] // plan["steps_per_epoch"] != epoch:
-                epoch = done["step"] // plan["steps_per_epoch"]
-                epoch_batches = batches(epoch)
-            index = epoch_batches[done["step"] % plan["steps_per_epoch"]]
+        started = time.perf_counter()
+        for n_step, n_read, mine in steps:
             rate = learning_rate(done["step"], total, plan["lr"])
             for group in optimizer.param_groups:
                 group["lr"] = rate
             model.train()
-            nll, n_tokens = batch_loss(index)
-            loss = nll / n_tokens
-            loss.backward()
+            for turn, (i, share, batch) in enumerate(mine):
+                # Dropout is drawn anew from here: nothing to save, and any process may do it.
+                torch.manual_seed(hash((plan["seed"], done["step"], i)))
+                last = turn + 1 == len(mine)
+                with nullcontext() if last or run.world == 1 else objective.no_sync():
+                    nll = objective(*batch)
+                    # DistributedDataParallel takes the mean over processes: make it the sum.
+                    scaler.scale(nll * (share * run.world / n_step)).backward()
+            scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             done["step"] += 1
-            done["tokens"] += int(run.examples["train"].length[index].sum())
+            done["tokens"] += n_read
             if done["step"] % 10 == 0:  # reading the loss waits for the device
-                bar.set_postfix_str(f"loss {loss.item():.3f}, "
-                                    f"{done['tokens'] / done['seconds']:,.0f} tokens/s")
-            done["seconds"] += time.perf_counter() - started
+                nll = nll.item()
+                seconds = done["seconds"] + time.perf_counter() - started
+                bar.set_postfix_str(f"{done['tokens'] / seconds:,.0f} tokens/s")
             bar.update()
             if done["step"] in evaluate_at:
+                wait(run.device)
+                done["seconds"] += time.perf_counter() - started
                 result = summed(*evaluate())
                 if not math.isfinite(result["loss"]):
                     raise UserError(f"{name}: the loss is {result['loss']} at step {done['step']}; "
                                     f"lower --lr (--base-lr for the base)")
                 record = {"method": label(plan), "seed": plan["seed"], "step": done["step"],
                           "tokens": done["tokens"], "split": "validation", **result}
-                with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                if run.rank == 0:
+                    with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                        file.write(json.dumps(record) + "\n")
                 bar.write(f"{name}: step {done['step']}/{total}, validation loss "
                           f"{result['loss']:.4f}")
                 if result["loss"] < done["best"]:
                     done["best"] = result["loss"]
-                    write_tensors(path, weights(model), {"plan": plan, "done": done})
+                    save(path, weights(model))
                 save_state()
-            if stopped() and done["step"] < total:
+                started = time.perf_counter()
+            if stopped() and done["step"] < total and run.world == 1:
+                done["seconds"] += time.perf_counter() - started
                 save_state()
                 raise KeyboardInterrupt
-    write_tensors(last_path, weights(model), {"plan": plan, "done": done})
-    state_path.unlink()
+    save(last_path, weights(model))
+    speed = done["tokens"] / done["seconds"] / run.world
+    share = speed * flops_per_token(model) / matrix_rate(run.device, run.dtype)
+    print(f"  {name}: {speed * run.world:,.0f} tokens/s, {share:.0%} of the rate of a large matrix "
+          f"product here" + " in each process" * (run.world > 1))
+    if run.rank == 0:
+        state_path.unlink()
+    if run.world > 1:
+        dist.barrier()
     if stopped():
         raise KeyboardInterrupt
     load_weights(model, read_tensors(path, run.device)[0], path)
@@ -300,11 +305,12 @@ def is_finished(path, plan, resume):
     return finished
 
 
-def plan_steps(n_examples, batch_size, epochs, max_steps, evaluations):
-    per_epoch = -(-n_examples // batch_size)
+def plan_steps(n_examples, batch_size, epochs, args):
+    per_epoch = -(-n_examples // (batch_size * args.accumulate))
     steps = max(1, round(epochs * per_epoch))
-    steps = min(steps, max_steps or steps)
-    return {"steps": steps, "steps_per_epoch": per_epoch, "evaluations": min(evaluations, steps)}
+    steps = min(steps, args.max_steps or steps)
+    return {"steps": steps, "steps_per_epoch": per_epoch, "accumulate": args.accumulate,
+            "evaluations": min(args.evaluations, steps)}
 
 
 def shuffled(n_examples, batch_size, seed, epoch, cluster=None):
@@ -323,8 +329,7 @@ def base_plan(run, args, config):
     return {
         "method": "base", "seed": 0, "lr": args.base_lr, "batch_size": args.base_batch_size,
         "tokenizer": run.tokenizer.fingerprint, "config": asdict(config),
-        **plan_steps(len(run.examples["train"]), args.base_batch_size, args.base_epochs,
-                     args.max_steps, args.evaluations),
+        **plan_steps(len(run.examples["train"]), args.base_batch_size, args.base_epochs, args),
     }
 
 
@@ -337,17 +342,14 @@ def train_base(run, args, plan):
     if args.compile:
         compile_blocks(model)
 
-    def batch_loss(index):
-        tokens, targets = (t.to(run.device) for t in train.batch(index, whole=True))
-        with run.autocast:
-            rows = row_losses(model.lm_head, model.hidden(tokens), targets)
-        return rows.sum(), (targets != IGNORE).sum()
+    def load(index):
+        return train.batch(index, whole=True)
 
     def evaluate():
-        return score(model, validation, args.batch_size, run.autocast, whole=True)
+        return score(run, model, validation, args.batch_size, whole=True)
 
     fit(run, path, model, plan, lambda epoch: shuffled(len(train), plan["batch_size"], 0, epoch),
-        batch_loss, evaluate)
+        load, train.length - 1, evaluate)
     sizes = run.tokenizer.bytes_per_token()
     nll, n_bytes = evaluate()[0].sum(), scored_bytes(validation, sizes, whole=True)
     print(f"base: {nll / math.log(2) / n_bytes:.4f} bits a byte on whole validation rows")
@@ -365,7 +367,7 @@ def adapter_plan(run, args, method, seed):
     plan = {
         "method": method, "seed": seed, "base": run.base_fingerprint, "rank": args.rank,
         "alpha": args.alpha, "lr": args.lr, "batch_size": args.batch_size,
-        **plan_steps(N, args.batch_size, args.epochs, args.max_steps, args.evaluations),
+        **plan_steps(N, args.batch_size, args.epochs, args),
     }
     if method == "chameleon":
         k = args.clusters or -(-N // args.batch_size)
@@ -386,29 +388,39 @@ def train_adapter(run, args, method, seed):
     if args.compile:
         compile_blocks(model)
     prompts = cluster = None
-    if model.lm_head.needs_statistics:
-        prompts = Prompts(train, run.base.transformer.wte, plan["stat_scope"])
-        if path.with_suffix(".state.safetensors").exists():  # the very same clusters
-            saved = read_tensors(path.with_suffix(".state.safetensors"))[0]
-            load_weights(model, under(saved, "model."), path)
-        else:
-            model.lm_head.fit_clusters(prompts, torch.Generator().manual_seed(seed))
-        cluster = model.lm_head.nearest(prompts).cpu()
-    held_out = company(model, validation, plan, plan.get("inference"))
+    with run.autocast:
+        if model.lm_head.needs_statistics:
+            prompts = Prompts(train, run.base.transformer.wte, plan["stat_scope"])
+            cluster = training_clusters(run, model, prompts, path, seed)
+        held_out = company(model, validation, plan, plan.get("inference"))
 
-    def batch_loss(index):
-        tokens, targets = (t.to(run.device) for t in train.batch(index))
-        statistics = mates = None
-        if prompts is not None:
-            mates = cluster[index].unique(return_inverse=True)[1].to(run.device)  # (B,)
-            statistics = prompts.statistics(mates, index.to(run.device))  # of this batch's members
-        with run.autocast:
-            rows = row_losses(model.lm_head, model.hidden(tokens), targets, statistics, mates)
-        return rows.sum(), (targets != IGNORE).sum()
+    def load(index):
+        tokens, targets = train.batch(index)
+        if prompts is None:
+            return tokens, targets, None, None
+        mates = cluster[index].unique(return_inverse=True)[1]  # (B,)
+        return tokens, targets, prompts.statistics(mates, index), mates  # of this batch's members
 
     fit(run, path, model, plan,
-        lambda epoch: shuffled(len(train), args.batch_size, seed, epoch, cluster), batch_loss,
-        lambda: score(model, validation, args.batch_size, run.autocast, **held_out))
+        lambda epoch: shuffled(len(train), args.batch_size, seed, epoch, cluster),
+        load, train.length - train.prompt,
+        lambda: score(run, model, validation, args.batch_size, **held_out))
+
+
+def training_clusters(run, model, prompts, path, seed):
+    """Cluster (N,) of each training prompt, made once for all processes; the head keeps them."""
+    head, state_path = model.lm_head, path.with_suffix(".state.safetensors")
+
+    def make():
+        if state_path.exists():  # the very same clusters
+            load_weights(model, under(read_tensors(state_path)[0], "model."), path)
+        else:
+            head.fit_clusters(prompts, torch.Generator().manual_seed(seed))
+        return head.nearest(prompts), {n: buffer.cpu() for n, buffer in head.named_buffers()}
+
+    cluster, buffers = run.from_first(make)
+    head.load_state_dict(buffers, strict=False)
+    return cluster
 
 
 # ---------------------------------------------------------------------------------------- main
@@ -425,15 +437,21 @@ def write_settings(run, args, corpus):
 
 def main(argv=None):
     """Train what the arguments ask for; returns the run folder's path."""
-    args, before = parse_args(argv)
+    args, before = parse_train(argv)
     keep_freed_memory()
     device, why_device = choose_device(args.device)
+    rank, world, device = join_processes(device)
     dtype, why_dtype = choose_dtype(args.dtype, device)
     args.dtype = str(dtype).removeprefix("torch.")  # so that a resumed run computes as before
-    print(f"device {device}: {why_device}; {args.dtype}: {why_dtype}")
+    print(f"device {device}: {why_device}; {args.dtype}: {why_dtype}; "
+          f"{torch.get_num_threads()} threads" + f", {world} processes" * (world > 1))
+    args.accumulate = args.accumulate or world
+    if args.accumulate % world:
+        raise UserError(f"--accumulate {args.accumulate}: not a multiple of {world} processes")
+    run = Run(Path(args.out), device, dtype, rank=rank, world=world)
 
     # First everything is checked: until then the folder gets a cache of tokens and nothing else.
-    folder, base_path = Path(args.out), Path(args.out) / "base.safetensors"
+    folder, base_path = run.folder, run.folder / "base.safetensors"
     trained = base_path
     if not (base_path.exists() and base_path.with_suffix(".last.safetensors").exists()):
         trained = None if args.base == "scratch" else Path(args.base)
@@ -444,30 +462,36 @@ def main(argv=None):
     else:
         why_size = "asked for" if args.size else f"the default on {device.type}"
         args.size = args.size or ("small" if device.type == "cuda" else "nano")
+        if args.size not in SIZES:
+            raise UserError(f"--size {args.size}: must be one of {', '.join(SIZES)}")
         config = GPTConfig(**SIZES[args.size], dropout=args.dropout)
         config.block_size = args.block_size or config.block_size
     args.block_size = args.block_size or config.block_size
     if args.block_size > config.block_size:
         raise UserError(f"--block-size {args.block_size}: {args.base} reads {config.block_size}")
-    corpus = open_corpus(args.dataset, args.data_dir, before)
+    with run.first_goes_ahead():  # a data set may have to be fetched
+        corpus = open_corpus(args.dataset, args.data_dir, before)
     if corpus.dropped:
         print(f"{corpus.dropped} records left out: their response is blank")
-    if before or args.base != "scratch":
-        tokenizer = Tokenizer.load((folder if before else trained.parent) / "tokenizer.json")
-    elif args.tokenizer == "gpt2":
-        tokenizer = Tokenizer({"name": "gpt2"})
-    else:
+
+    def tokenizer_spec():
+        if before or args.base != "scratch":
+            return Tokenizer.load((folder if before else trained.parent) / "tokenizer.json").spec
+        if args.tokenizer == "gpt2":
+            return {"name": "gpt2"}
         texts = (document.prompt + document.text for document in corpus.documents("train"))
-        tokenizer = Tokenizer.train(texts, args.vocab_size)
-    config.vocab_size = tokenizer.vocab_size
-    examples = load_examples(corpus, tokenizer, args.block_size, folder / "cache")
-    for split, table in examples.items():
+        return Tokenizer.train(texts, args.vocab_size).spec
+
+    run.tokenizer = Tokenizer(run.from_first(tokenizer_spec))
+    config.vocab_size = run.tokenizer.vocab_size
+    with run.first_goes_ahead():
+        run.examples = load_examples(corpus, run.tokenizer, args.block_size, folder / "cache")
+    for split, table in run.examples.items():
         print(f"{split}: {len(table):,} examples, {table.length.sum():,} tokens, "
               f"{(table.length - table.prompt).sum():,} of them scored")
-    run = Run(folder, device, dtype, tokenizer, examples)
     adapters = [(m, seed) for seed in args.seeds for m in args.methods if m != "frozen"]
     if trained:
-        run.base = load_base(trained, device, tokenizer)
+        run.base = load_base(trained, device, run.tokenizer)
         for adapter in adapters:
             is_finished(adapter_path(run, *adapter), adapter_plan(run, args, *adapter), args.resume)
         print(f"base: {trained}, trained before")
@@ -478,22 +502,27 @@ def main(argv=None):
               f"{args.base_batch_size} in a batch, {plan['steps']} steps")
 
     try:
-        write_settings(run, args, corpus)
+        if rank == 0:
+            write_settings(run, args, corpus)
         if run.base is None:
-            train_base(run, args, plan)
-            run.base = load_base(base_path, device, tokenizer)
-        elif trained != base_path:
+            with memory_advice("halve --base-batch-size and double --accumulate, or lower "
+                               "--block-size or --size"):
+                train_base(run, args, plan)
+            run.base = load_base(base_path, device, run.tokenizer)
+        elif trained != base_path and rank == 0:
             for suffix in (".safetensors", ".last.safetensors"):
                 tensors, info = read_tensors(trained.with_suffix(suffix))
                 write_tensors(base_path.with_suffix(suffix), tensors, info)
         for adapter in adapters:
-            train_adapter(run, args, *adapter)
+            with memory_advice("halve --batch-size and double --accumulate, or lower --block-size "
+                               "or --rank"):
+                train_adapter(run, args, *adapter)
     except KeyboardInterrupt:
         print(f"stopped; go on with: python train.py --resume --out {folder}", file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        raise UserError("out of memory; halve --batch-size, --base-batch-size or --block-size, or "
-                        "take a smaller --size or --vocab-size") from None
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
     print(f"done; the table and the figures: python eval.py {folder}")
     return folder
 

@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 import torch
 
+from common import Run, adapt
 from data import SPLITS, Corpus, Examples, Tokenizer, load_examples
+from flags import METHODS
 from hypernet import Prompts
 from model import GPT, GPTConfig
-from common import adapt
 from scoring import company, score
-from train import METHODS
 
 V, T, N = 40, 16, 6
+RUN = Run(None, torch.device("cpu"), torch.float32)
 
 
 def tiny_base():
@@ -123,7 +124,7 @@ def test_an_edited_word_moves_no_score_of_another_row(method, form, scope, tmp_p
         plan["cluster_size"] = 5
         context = company(model, found, plan, "fit")
         rows, _ = found.rows(np.arange(len(found)))
-        return score(model, found, 4, torch.no_grad(), **context)[0], rows, found.prompt
+        return score(RUN, model, found, 4, **context)[0], rows, found.prompt
 
     before, rows, prompt = losses()
     text = (folder / "validation.txt").read_text()

@@ -1,6 +1,10 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +17,11 @@ import scoring
 import train
 from data import IGNORE, Examples
 from files import UserError
+from flags import METHODS
 from hypernet import ChameleonHead, Prompts
 from model import GPT, GPTConfig, LMHead, LoRAHead
-from common import adapt
-from scoring import company, row_losses, score
+from common import Run, adapt, read_records
+from scoring import company, linear_cross_entropy, losses, score
 from train import learning_rate, shuffled
 
 # ------------------------------------------------------------------------------------- schedule
@@ -54,33 +59,79 @@ HEADS = {
 }
 
 
+class Fixed(torch.nn.Module):
+    """A model whose hidden states are given."""
+
+    def __init__(self, head, hidden):
+        super().__init__()
+        self.lm_head, self._hidden = head, hidden
+
+    def hidden(self, tokens):
+        return self._hidden
+
+
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("bytes_at_a_time", [1, 1 << 20])
-def test_row_losses_equal_cross_entropy_and_so_do_their_gradients(
-    head, bytes_at_a_time, monkeypatch
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("bytes_at_a_time", [1, 700, 1 << 20])
+def test_losses_equal_cross_entropy_of_all_logits_and_so_do_their_gradients(
+    head, base, bytes_at_a_time, monkeypatch
 ):
     monkeypatch.setattr(scoring, "LOGITS_BYTES", bytes_at_a_time)
     torch.manual_seed(0)
-    head = HEADS[head](torch.randn(V, C, dtype=torch.float64)).double()
+    head = HEADS[head](torch.nn.Parameter(torch.randn(V, C, dtype=torch.float64))).double()
     for p in head.parameters():
         torch.nn.init.normal_(p, std=0.2)
+    head.weight.requires_grad_(base)
     hidden = torch.randn(5, T, C, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(V, (5, T))
     targets[:, :3] = IGNORE  # prompts
     targets[2, 7:] = IGNORE  # padding
     statistics, cluster = torch.randn(2, C, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
     trained = [hidden, *(p for p in head.parameters() if p.requires_grad)]
-    found = row_losses(head, hidden, targets, statistics, cluster)
-    logits = head(hidden, statistics, cluster)
-    for row in range(5):
-        scored = targets[row] != IGNORE
-        expected = -logits[row].log_softmax(-1)[scored, targets[row, scored]].sum()
-        torch.testing.assert_close(found[row].double(), expected.detach(), rtol=1e-5, atol=1e-5)
-    expected = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    for mine, theirs in zip(torch.autograd.grad(found.sum(), trained),
-                            torch.autograd.grad(expected, trained), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    total, rows = losses(Fixed(head, hidden), targets, targets, statistics, cluster)
+    logits = head(hidden, head.factors(statistics), cluster)
+    each = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(rows, each.view(5, T).sum(dim=1).detach())
+    torch.testing.assert_close(total, each.sum())
+    for mine, theirs in zip(torch.autograd.grad(total / 7, trained),
+                            torch.autograd.grad(each.sum() / 7, trained), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("counts", [None, [4, 0, 5]])
+def test_the_hand_written_backward_passes_gradcheck(counts, monkeypatch):
+    monkeypatch.setattr(scoring, "LOGITS_BYTES", 4 * 11 * 2)  # two tokens at a time
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(9, 5), (11, 5), (9, 2), (len(counts or [9]), 11, 2)]
+    hidden, weight, z, B = (torch.randn(shape, generator=generator, dtype=torch.float64,
+                                        requires_grad=True) for shape in shapes)
+    targets = torch.randint(11, (9,), generator=generator)
+    torch.autograd.gradcheck(
+        lambda h, W, z, B: linear_cross_entropy(h, W, targets, z, B, counts)[0],
+        (hidden, weight, z, B))
+    torch.autograd.gradcheck(
+        lambda h, W: linear_cross_entropy(h, W, targets)[0], (hidden, weight))
+
+
+def test_no_table_of_all_logits_is_made(monkeypatch):
+    monkeypatch.setattr(scoring, "LOGITS_BYTES", 4 * V * 20)  # of 72 tokens
+    head = LoRAHead(torch.randn(V, C), 2, 2.0)
+    hidden = torch.randn(6, T, C, requires_grad=True)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape[-1:] == (V,):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        total, _ = losses(Fixed(head, hidden), *2 * [torch.randint(V, (6, T))])
+        total.backward()
+    assert largest == 20 * V
 
 
 def examples_of(lengths, prompts, seed=0):
@@ -88,6 +139,9 @@ def examples_of(lengths, prompts, seed=0):
     tokens = np.random.default_rng(seed).integers(0, V, lengths.sum())
     start = np.cumsum(lengths) - lengths
     return Examples(tokens, start, lengths, np.array(prompts), np.arange(len(lengths)))
+
+
+RUN = Run(None, torch.device("cpu"), torch.float32)
 
 
 def slow_score(model, examples, context, whole):
@@ -104,7 +158,7 @@ def slow_score(model, examples, context, whole):
     return np.array(losses)
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("whole", [False, True])
 @torch.no_grad()
 def test_scores_do_not_depend_on_batch_size_or_padding_and_equal_a_slow_loop(method, whole):
@@ -125,9 +179,8 @@ def test_scores_do_not_depend_on_batch_size_or_padding_and_equal_a_slow_loop(met
     expected = slow_score(model, examples, context, whole)
     first = 1 if whole else examples.prompt
     for batch_size in (1, 3, 100):
-        losses, counts = score(model, examples, batch_size, torch.no_grad(), **context,
-                               whole=whole)
-        np.testing.assert_allclose(losses, expected, rtol=1e-4)
+        nll, counts = score(RUN, model, examples, batch_size, **context, whole=whole)
+        np.testing.assert_allclose(nll, expected, rtol=1e-4)
         assert np.array_equal(counts, examples.length - first)
 
 
@@ -340,14 +393,15 @@ def test_what_is_no_base_is_refused(base, said, arguments, finished, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_state(
     arguments, tmp_path, monkeypatch
 ):
-    original = train.row_losses
+    original = train.losses
     calls = iter(range(1000))
 
     def poisoned(*args):
-        return original(*args) * (float("nan") if next(calls) == 5 else 1)
+        total, rows = original(*args)
+        return total * (float("nan") if next(calls) == 5 else 1), rows
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "row_losses", poisoned)
+        patch.setattr(train, "losses", poisoned)
         with pytest.raises(UserError, match="--base-lr"):
             train.main(arguments)
     records = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -396,3 +450,80 @@ def test_an_unfinished_run_asks_for_resume(arguments, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--resume"):
         train.main(arguments)
     assert contents(tmp_path / "run") == before
+
+
+# ----------------------------------------------------------------------------------- processes
+
+PROCESS = """
+import sys, model, train
+model.SIZES["tiny"] = dict(n_layer=2, n_head=2, n_embd=16, block_size=24)
+train.main(sys.argv[1:])
+"""
+
+
+def together(n_processes, arguments):
+    """What torchrun does: the same program n times, told its rank; stdout of each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    root = Path(train.__file__).parent
+    processes = []
+    for rank in range(n_processes):
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_processes,
+                "LOCAL_WORLD_SIZE": n_processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        env = os.environ | {key: str(value) for key, value in told.items()}
+        processes.append(subprocess.Popen([sys.executable, "-c", PROCESS, *arguments], env=env,
+                                          cwd=root, text=True, stdout=subprocess.PIPE))
+    out = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * n_processes
+    return out
+
+
+def test_two_processes_train_as_one_does_with_the_same_batches(arguments, tmp_path):
+    """Also where an epoch's last step leaves a process without a batch, and with dropout."""
+    arguments = [*arguments[:-2], "--epochs", "3", "--batch-size", "80"]
+    train.main([*arguments, "--accumulate", "2", "--out", str(tmp_path / "one")])
+    out = together(2, [*arguments, "--out", str(tmp_path / "two")])
+    assert "2 processes" in out[0] and out[1] == ""  # one prints
+    one, two = (contents(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    records = [read_records(tmp_path / name) for name in ("one", "two")]
+    assert len(records[0]) == len(records[1]) == 9
+    for mine, theirs in zip(*records, strict=True):
+        assert mine.pop("loss") == pytest.approx(theirs.pop("loss"), rel=1e-5)
+        assert mine.pop("nll_sum") == pytest.approx(theirs.pop("nll_sum"), rel=1e-5)
+        assert mine == theirs
+    plan = one["adapters/chameleon-seed0.safetensors"][0]["plan"]
+    assert plan["steps"] == 3 * plan["steps_per_epoch"] == 3 * 3  # 5 batches in an epoch
+
+
+def test_accumulated_batches_train_as_one_large_batch(
+    arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "shuffled", lambda n, size, *rest: torch.arange(n).split(size))
+    arguments = [*arguments[:-2], "--methods", "frozen,lora", "--dropout", "0"]
+    runs = [train.main([*arguments, *flags, "--out", str(tmp_path / flags[1])]) for flags in (
+        ["--batch-size", "8", "--base-batch-size", "8", "--accumulate", "2"],
+        ["--batch-size", "16", "--base-batch-size", "16"])]
+    losses = [[record["loss"] for record in read_records(run)] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_float16_trains_with_scaled_losses(arguments):
+    run = train.main([*arguments, "--dtype", "float16"])
+    records = [r["loss"] for r in read_records(run) if r["method"] == "base"]
+    assert records[-1] < records[0] - 0.1
+
+
+@pytest.mark.parametrize("raised", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), None])
+def test_out_of_memory_names_the_flags_that_help(raised, arguments, monkeypatch):
+    def full(*args):
+        if raised:
+            raise raised
+        torch.empty(1 << 55)
+
+    monkeypatch.setattr(train, "losses", full)
+    with pytest.raises(UserError, match="--base-batch-size and double --accumulate") as error:
+        train.main(arguments)
+    assert "\n" not in str(error.value)

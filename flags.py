@@ -1,0 +1,181 @@
+"""The command lines of train.py and eval.py. No torch here: --help need not wait for it."""
+
+import argparse
+import math
+from pathlib import Path
+
+from files import UserError, read_json
+
+METHODS = ("frozen", "lora", "chameleon")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# Settings that a run folder has once; a later call into the same folder must agree with them.
+ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "base_lr",
+        "base_epochs", "base_batch_size", "dropout", "dtype")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        silent = action.default in (None, False) or "default" in action.help
+        return action.help if silent else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, *args, **options):
+        super().__init__(*args, formatter_class=Help, **options)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def number(kind, low, high=2**31 - 1):
+    """An argparse type: an int or a float from `low` to `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text!r}")
+        return value
+
+    return parse
+
+
+def listed(choices):
+    def parse(text):
+        names = text.split(",")
+        for name in names:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(choices)}")
+        return list(dict.fromkeys(names))
+
+    return parse
+
+
+def seeds(text):
+    return sorted({number(int, 0)(part) for part in text.split(",")})
+
+
+def train_parser():
+    parser = Parser(
+        "train.py",
+        description="Train a small GPT, then LoRA and ChameleonLLM adapters on top of it.",
+    )
+    add = parser.add_argument
+    add("--dataset", default="pydocs", help="pydocs (no network), wikitext2, wikitext2-raw, "
+        "alpaca, or a .txt, .json or .jsonl file, or a folder of them")
+    add("--data-dir", default="data", help="where data sets are looked for, and kept when fetched")
+    add("--out", help="run folder (default: runs/DATASET)")
+    add("--resume", action="store_true", help="go on with what --out holds, with its settings")
+    add("--methods", type=listed(METHODS), default=",".join(METHODS), metavar="M,M",
+        help=f"any of {','.join(METHODS)}")
+    add("--seeds", type=seeds, default="0", metavar="N,N", help="one adapter of each method per "
+        "seed: initial values, batches, k-means; the base is always trained with seed 0")
+    add("--base", default="scratch", help="scratch, or another run's base.safetensors")
+    add("--size", metavar="nano|small|gpt2", help="of a base from scratch: nano 2.6M parameters, "
+        "small 12M, gpt2 124M, at their vocabularies; time grows in proportion (default: nano, on "
+        "CUDA small)")
+    add("--block-size", type=number(int, 4), metavar="T", help="tokens in a row: memory and time "
+        "of a step grow in proportion, attention's with its square (default: by size, nano 256)")
+    add("--tokenizer", choices=("bpe", "gpt2"), default="bpe",
+        help="bpe is trained on the training split")
+    add("--vocab-size", type=number(int, 257), default=4096, metavar="V", help="of bpe; the time "
+        "of the head grows in proportion")
+    add("--base-lr", type=number(float, 1e-9, 100), default=3e-3, help="its peak learning rate")
+    add("--base-epochs", type=number(float, 1e-9, 1e6), default=4.0, help="its passes over data")
+    add("--base-batch-size", type=number(int, 1), default=16, help="rows in a batch of the base; "
+        "memory grows in proportion")
+    add("--dropout", type=number(float, 0, 0.99), default=0.0, help="on the embedding and the "
+        "residual branches, while the base and the adapters are trained")
+    add("--batch-size", type=number(int, 1), default=32, metavar="B", help="rows in a batch of an "
+        "adapter and, on average, in a cluster; memory grows in proportion")
+    add("--accumulate", type=number(int, 1), metavar="N", help="batches in a step, one after the "
+        "other or on as many processes: as a batch N times as large, in the memory of one "
+        "(default: the number of processes)")
+    add("--lr", type=number(float, 1e-9, 100), default=1e-3, help="adapters' peak learning rate")
+    add("--epochs", type=number(float, 1e-9, 1e6), default=1.0, help="adapters' passes over data")
+    add("--max-steps", type=number(int, 1), metavar="N", help="stop each training after N steps")
+    add("--evaluations", type=number(int, 1), default=8, help="validations per training; one takes "
+        "about a third of the time of training on as many tokens")
+    add("--rank", type=number(int, 1), default=4, metavar="r", help="of every low-rank update")
+    add("--alpha", type=number(float, 1e-9, 1e9), default=8.0, help="updates scale by alpha / rank")
+    add("--head-form", choices=("full", "light"), default="full", help="what the hyper-network "
+        "writes: full A and B (the paper's), or light, whose size ignores the vocabulary")
+    add("--clusters", type=number(int, 1), metavar="K", help="k-means clusters of the training "
+        "prompts (default: one per batch)")
+    add("--stat-scope", choices=("prompt", "full"), default="prompt", help="tokens behind the "
+        "statistics; full LEAKS the tokens to be predicted and is there to show how much")
+    add("--inference", choices=("fit", "assign"), default="fit", help="cluster held-out requests "
+        "by k-means among themselves, or by the nearest training centroid")
+    add("--device", default="auto", choices=DEVICES, help="auto is the first of cuda, mps, cpu "
+        "that is there")
+    add("--dtype", default="auto", choices=DTYPES, help="of matrix products; the 16-bit ones halve "
+        "the memory of activations; auto takes what is fast, and says why")
+    add("--compile", action="store_true", help="torch.compile the transformer's blocks: a minute "
+        "to start, then faster steps on CUDA")
+    return parser
+
+
+def eval_parser():
+    parser = Parser("eval.py", description="Score a run's adapters, or continue prompts.")
+    add = parser.add_argument
+    add("run", help="run folder that train.py wrote")
+    add("--inference", choices=("fit", "assign"), help="cluster requests by k-means among "
+        "themselves, or by the nearest training centroid (default: as in training)")
+    add("--batch-size", type=number(int, 1), default=64, help="rows scored at a time; changes "
+        "speed and memory, not results")
+    add("--data-dir", help="where the data set lies (default: as in training)")
+    add("--device", default="auto", choices=DEVICES, help="where to score")
+    add("--dtype", choices=DTYPES, help="of matrix products (default: as in training)")
+    add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead")
+    add("--method", default="chameleon", help="with --prompts: the adapter that continues them")
+    add("--seed", type=number(int, 0), default=0, help="with --prompts: the adapter's seed, and "
+        "the sampler's")
+    add("--max-new-tokens", type=number(int, 1), default=60, help="with --prompts: length")
+    add("--temperature", type=number(float, 0, 1e3), default=0.8,
+        help="with --prompts: 0 is greedy")
+    add("--top-k", type=number(int, 1), default=50, help="with --prompts: tokens to draw from")
+    return parser
+
+
+def parse_train(argv):
+    """Arguments of this call, and config.json of the run that its folder holds, or None.
+
+    What is not given comes from that run: with --resume everything, else what a run has ONCE.
+    """
+    parser = train_parser()
+    args = parser.parse_args(argv)
+    args.out = args.out or f"runs/{Path(args.dataset).stem}"
+    config = remembered(Path(args.out))
+    if config:
+        known = config["args"]
+        keys = known if args.resume else (*ONCE, "data_dir")
+        parser.set_defaults(**{key: known[key] for key in keys}, out=args.out)
+        args = parser.parse_args(argv)
+        for key in ONCE:
+            if known[key] != getattr(args, key):
+                raise UserError(
+                    f"{args.out} is a run with --{key.replace('_', '-')} {known[key]}, not "
+                    f"{getattr(args, key)}; choose another --out, or leave that flag out"
+                )
+    elif args.resume:
+        raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
+    return args, config
+
+
+def remembered(folder):
+    """config.json of a run folder; None for a new or empty one."""
+    path = folder / "config.json"
+    if path.exists():
+        config = read_json(path)
+        known = config.get("args") if isinstance(config, dict) else None
+        if not isinstance(known, dict) or not {*ONCE, "data_dir"} <= known.keys():
+            raise UserError(f"{path} is not what train.py wrote: settings are missing")
+        return config
+    if folder.exists() and (folder.is_file() or any(p.name != "cache" for p in folder.iterdir())):
+        raise UserError(f"{folder} is not empty and holds no run; choose another --out")
+    return None
