@@ -58,7 +58,7 @@ def score_model(run, model, plan, args, n_bytes, control=None):
         examples = run.examples[split]
         start = time.perf_counter()
         with memory_advice("lower --batch-size"):
-            context = company(model, examples, plan, inference, control)
+            context = company(run, model, examples, plan, inference, control)
             found = summed(*score(run, model, examples, args.batch_size, **context))
         seconds += time.perf_counter() - start
         result[split] = found | {
@@ -186,7 +186,7 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
     examples = run.examples["validation"]
     prompts = Prompts(examples, run.base.transformer.wte, plan["stat_scope"])
     features = prompts.features(model.lm_head.center.cpu())
-    cluster = company(model, examples, plan, inference)["cluster"].numpy()
+    cluster = company(run, model, examples, plan, inference)["cluster"].numpy()
     centred = features - features.mean(dim=0)
     _, scales, axes_of = torch.linalg.svd(centred, full_matrices=False)
     plane = (centred @ axes_of[:2].T).numpy()  # (N, C) @ (C, 2) -> (N, 2)
@@ -247,12 +247,13 @@ def continue_prompts(run, config, args):
         model, plan = load_adapter(run, path)
     length = np.array([len(prompt) for prompt in prompts])
     requests = company(  # rows that are all prompt
-        model, Examples(np.concatenate(prompts), length.cumsum() - length, length, length,
+        run, model, Examples(np.concatenate(prompts), length.cumsum() - length, length, length,
                         np.arange(len(length))), plan, args.inference or plan.get("inference"))
     with run.autocast:
         continuations = generate(
-            model, prompts, args.max_new_tokens, **requests, temperature=args.temperature,
+            model, prompts, args.max_new_tokens, temperature=args.temperature,
             top_k=args.top_k, stop_token=run.tokenizer.end,
+            **{name: tensor.to(run.device) for name, tensor in requests.items()},
             generator=torch.Generator(run.device).manual_seed(args.seed))
     groups = requests["cluster"].tolist() if requests else [0] * len(texts)
     for group in sorted(set(groups)):

@@ -105,7 +105,9 @@ class ChameleonHead(LMHead):
         return prompts.features(self.center.cpu()).to(self.weight.device)
 
     def kmeans(self, prompts, k, generator):
-        return kmeans(self.features(prompts), k, generator)
+        kind = self.weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return kmeans(self.features(prompts), k, generator, dtype=dtype)
 
     def nearest(self, prompts):
         """Nearest training centroid (N,) of each prompt; for training prompts, their cluster."""

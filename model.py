@@ -58,11 +58,11 @@ class Attention(nn.Module):
             for part in self.c_attn(x).split(C, dim=2)
         )
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, all tokens so far, C/H)
+            k, v = cache.append(k, v)  # (B, H, keys, C/H)
         if T == 1:
             y = attend_once(q, k, v, mask)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            y = attend(q, k, v, mask)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, C/H) -> (B, T, C)
         return self.dropout(self.c_proj(y))
 
@@ -70,12 +70,27 @@ class Attention(nn.Module):
 def attend_once(q, k, v, mask=None):
     """Attention of one query: q (B, H, 1, C/H), k and v (B, H, keys, C/H) -> (B, H, 1, C/H).
 
-    Written out: the CPU's flash kernel takes eight times as long where it has nothing to tile.
+    Written out: a CPU's flash kernel takes three times as long where it has nothing to tile.
     """
-    scores = q * q.shape[3] ** -0.5 @ k.mT  # (B, H, 1, C/H) @ (B, H, C/H, keys)
+    scores = (q / math.sqrt(q.shape[3])) @ k.mT  # (B, H, 1, C/H) @ (B, H, C/H, keys)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(dim=3) @ v  # (B, H, 1, keys) @ (B, H, keys, C/H)
+
+
+def attend(q, k, v, mask=None):
+    """Attention of T queries, (B, H, T, C/H) each; causal where no mask (B, 1, T, keys) is given.
+
+    Written out for 16-bit rows on a CPU: there plain products take a third of the fused kernel's
+    time, at the price of keeping T^2 probabilities, so longer rows are left to the kernel.
+    """
+    B, H, T, D = q.shape
+    if mask is not None or q.device.type != "cpu" or q.element_size() > 2 or T > 512:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    later = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+    q, k, v = (x.flatten(0, 1) for x in (q / math.sqrt(D), k, v))  # (B H, T, C/H)
+    scores = torch.baddbmm(later.expand(B * H, T, T), q, k.mT)  # (B H, T, T)
+    return (scores.softmax(dim=2) @ v).view(B, H, T, D)  # (B H, T, T) @ (B H, T, C/H)
 
 
 class MLP(nn.Module):
@@ -191,17 +206,14 @@ class GPT(nn.Module):
         T = tokens.shape[1]
         past = cache[0].length if cache else 0
         position = torch.arange(past, past + T, device=tokens.device)  # (T,)
-        mask = None
+        key = torch.arange(cache[0].room if past else T, device=tokens.device)  # (keys,)
+        mask = key <= position[:, None] if past else None  # (T, keys); None is causal as well
         if pad is not None:
             # A padding query may see itself: a row of nothing but masked keys would be NaN.
-            key = torch.arange(past + T, device=tokens.device)
-            causal = key <= position[:, None]  # (T, past + T)
-            real = (key >= pad[:, None, None]) | (key == position[:, None])  # (B, T, past + T)
-            mask = (causal & real)[:, None]  # (B, 1, T, past + T)
+            real = (key >= pad[:, None, None]) | (key == position[:, None])  # (B, T, keys)
+            mask = ((key <= position[:, None]) & real)[:, None]  # (B, 1, T, keys)
             # Padding has no position, nor has what follows a full context: neither is read.
             position = (position - pad[:, None]).clamp(0, self.config.block_size - 1)  # (B, T)
-        elif past and T > 1:
-            raise ValueError("several tokens after a cache need pad (zeros if nothing is padded)")
         x = self.transformer.wte(tokens) + self.transformer.wpe(position)  # (B, T, C)
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
@@ -245,8 +257,9 @@ class LoRALinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)  # (..., in) -> (..., out)
         if self.merged:
             return y
-        z = F.linear(x, self.lora_A)  # (..., in) @ (in, r) -> (..., r)
-        return y + self.scale * F.linear(z, self.lora_B)  # (..., r) @ (r, out) -> (..., out)
+        z = F.linear(x, self.lora_A).flatten(0, -2)  # (..., in) @ (in, r) -> (tokens, r)
+        # (tokens, out) + (tokens, r) @ (r, out), in one pass over the large tensor
+        return torch.addmm(y.flatten(0, -2), z, self.lora_B.T, alpha=self.scale).view_as(y)
 
     @torch.no_grad()
     def set_merged(self, merged):
@@ -295,19 +308,24 @@ def unmerge_lora(model):
 
 
 class KVCache:
-    """Keys and values of one layer, (B, H, room, C/H) each, of which `length` tokens are there."""
+    """Keys and values of one layer, (B, H, room, C/H) each: `length` tokens, then zeros.
+
+    A whole block of memory from the start: nothing is copied to make it longer, and its products
+    need no copy either, as they would for a part of it. `GPT.hidden` masks what is not yet there.
+    """
 
     def __init__(self, room):
         self.room, self.length = room, 0
 
     def append(self, k, v):
-        if self.length == 0:
-            B, H, _, D = k.shape
-            self.k, self.v = k.new_empty(B, H, self.room, D), v.new_empty(B, H, self.room, D)
+        """Keys and values that new ones (B, H, T, C/H) see: themselves, or, later, all the room."""
         start, self.length = self.length, self.length + k.shape[2]
+        if start == 0:
+            B, H, _, D = k.shape
+            self.k, self.v = k.new_zeros(B, H, self.room, D), v.new_zeros(B, H, self.room, D)
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+        return (self.k, self.v) if start else (k, v)
 
 
 @torch.no_grad()
@@ -320,6 +338,9 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
     `generator`, from the `top_k` most likely at that temperature. A sequence ends before
     `stop_token`, after max_new_tokens, or where the context is full. Raises ValueError for an
     empty prompt and for one that fills the context.
+
+    For bfloat16 give it a model after `model.transformer.to(torch.bfloat16)`, which leaves the
+    hyper-network as it is: autocast would convert every frozen weight anew for each token.
     """
     device = next(model.parameters()).device
     context = model.config.block_size
@@ -336,6 +357,8 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
     cache = [KVCache(room) for _ in model.transformer.h] if use_cache else None
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     factors = model.lm_head.factors(statistics)
+    if factors is not None:
+        factors = [factor.to(model.lm_head.weight.dtype) for factor in factors]
     new = tokens
     while tokens.shape[1] < longest + max_new_tokens and not done.all():
         hidden = model.hidden(new if use_cache else tokens, cache, masked)

@@ -94,22 +94,27 @@ def linear_cross_entropy(hidden, weight, targets, z=None, B=None, counts=None):
 def losses(model, tokens, targets, statistics=None, cluster=None):
     """Negative log-likelihood of the scored targets, in nats: summed (), and of each row (B,).
 
-    tokens and targets (B, T), IGNORE where nothing is scored, and cluster (B,) lie on the CPU, so
-    that nothing here waits for the device; statistics (K, C) lie on it. The sum can be
-    differentiated, the rows cannot.
+    tokens and targets (B, T), IGNORE where nothing is scored, statistics (K, C) and cluster (B,)
+    lie on the CPU, so that nothing here waits for the device. The sum can be differentiated, the
+    rows cannot.
     """
     head, device = model.lm_head, model.lm_head.weight.device
-    hidden = model.hidden(tokens.to(device, non_blocking=True))
-    factors = head.factors(statistics)
+
+    def send(x):
+        if x is None or device.type != "cuda":
+            return x if x is None else x.to(device)
+        return x.pin_memory().to(device, non_blocking=True)  # unpinned, it would wait
+
+    hidden = model.hidden(send(tokens))
+    factors = head.factors(send(statistics))
     place = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (n,) of B * T
     z = B = counts = None
     if factors is not None:
-        z, B = head.project(hidden, factors, cluster), factors[1]
+        z, B = head.project(hidden, factors, send(cluster)), factors[1]
         if len(B) > 1:  # tokens of a cluster side by side
             k = cluster[place // targets.shape[1]]
             place, counts = place[k.argsort(stable=True)], k.bincount(minlength=len(B)).tolist()
-    wanted = targets.flatten()[place].to(device, non_blocking=True)
-    place = place.to(device, non_blocking=True)
+    wanted, place = send(targets.flatten()[place]), send(place)
 
     def scored(x):
         return x.flatten(0, 1).index_select(0, place)  # (B, T, ...) -> (n, ...)
@@ -151,7 +156,7 @@ def score(run, model, examples, batch_size, statistics=None, cluster=None, whole
         s, c = statistics, None
         if cluster is not None:
             used, c = cluster[torch.from_numpy(index)].unique(return_inverse=True)
-            s = statistics[used.to(statistics.device)]
+            s = statistics[used]
         with run.autocast:
             rows = losses(model, tokens, targets, s, c)[1]
         nll[index] = rows.cpu().numpy()  # summed up in float64 from here on
@@ -159,8 +164,8 @@ def score(run, model, examples, batch_size, statistics=None, cluster=None, whole
     return run.add_up(nll), run.add_up(counts)
 
 
-def company(model, examples, plan, inference, control=None):
-    """Statistics (K, C) on the model's device and cluster (N,) on the CPU, as `score` takes them.
+def company(run, model, examples, plan, inference, control=None):
+    """Statistics (K, C) and cluster (N,) of held-out examples, on the CPU, as `score` takes them.
 
     inference: "fit", k-means on the requests at hand, or "assign", the nearest training centroid.
     control: None, or what replaces the statistic: "own prompt only", "shuffled" or "constant".
@@ -175,10 +180,11 @@ def company(model, examples, plan, inference, control=None):
     else:
         k = max(1, round(len(examples) / plan["cluster_size"])) if inference == "fit" else None
         generator = torch.Generator().manual_seed(plan["seed"])
-        cluster, statistics = head.group(prompts, k, generator)
+        with run.autocast:
+            cluster, statistics = head.group(prompts, k, generator)
     if control == "shuffled":  # every cluster gets another one's statistic
         order = torch.randperm(len(statistics), generator=generator)
         statistics = statistics[order.roll(1)[order.argsort()]]
     elif control == "constant":
-        statistics = head.center.expand_as(statistics)
-    return {"statistics": statistics.to(head.weight.device), "cluster": cluster}
+        statistics = head.center.cpu().expand_as(statistics)
+    return {"statistics": statistics, "cluster": cluster}

@@ -142,9 +142,6 @@ def upcoming(run, plan, step, batches, load, n_scored):
         together = epoch_batches[first : first + plan["accumulate"]]
         mine = [(i, 1.0) for i in range(run.rank, len(together), run.world)] or [(0, 0.0)]
         loaded = [(i, share, load(together[i])) for i, share in mine]
-        if run.device.type == "cuda":  # from pinned memory a copy waits for nobody
-            loaded = [(i, share, [t if t is None else t.pin_memory() for t in batch])
-                      for i, share, batch in loaded]
         index = torch.cat(together)
         yield int(n_scored[index].sum()), int(length[index].sum()), loaded
         step += 1
@@ -388,11 +385,10 @@ def train_adapter(run, args, method, seed):
     if args.compile:
         compile_blocks(model)
     prompts = cluster = None
-    with run.autocast:
-        if model.lm_head.needs_statistics:
-            prompts = Prompts(train, run.base.transformer.wte, plan["stat_scope"])
-            cluster = training_clusters(run, model, prompts, path, seed)
-        held_out = company(model, validation, plan, plan.get("inference"))
+    if model.lm_head.needs_statistics:
+        prompts = Prompts(train, run.base.transformer.wte, plan["stat_scope"])
+        cluster = training_clusters(run, model, prompts, path, seed)
+    held_out = company(run, model, validation, plan, plan.get("inference"))
 
     def load(index):
         tokens, targets = train.batch(index)
@@ -415,7 +411,8 @@ def training_clusters(run, model, prompts, path, seed):
         if state_path.exists():  # the very same clusters
             load_weights(model, under(read_tensors(state_path)[0], "model."), path)
         else:
-            head.fit_clusters(prompts, torch.Generator().manual_seed(seed))
+            with run.autocast:
+                head.fit_clusters(prompts, torch.Generator().manual_seed(seed))
         return head.nearest(prompts), {n: buffer.cpu() for n, buffer in head.named_buffers()}
 
     cluster, buffers = run.from_first(make)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.cluster import KMeans as Reference
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cluster import assign, cluster_batches, kmeans
+from cluster import assign, cluster_batches, kmeans, seed_centroids
 
 # Small whole numbers: sums are exact in float32, and duplicates are common.
 points_of = hnp.arrays(
@@ -19,6 +20,15 @@ ks = st.integers(1, 12)
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def mixture(n, dim, k, seed=0):
+    """Points like embeddings: k uneven groups and noise, on the unit sphere."""
+    generator = seeded(seed)
+    centres = torch.randn(k, dim, generator=generator)
+    group = torch.multinomial(torch.rand(k, generator=generator), n, True, generator=generator)
+    points = centres[group] + 0.7 * torch.randn(n, dim, generator=generator)
+    return torch.nn.functional.normalize(points, dim=1)
 
 
 def slow_distances(points, centroids):
@@ -84,7 +94,17 @@ def test_well_separated_groups_are_found_whatever_the_order(seed, random):
     assert torch.equal(found[:, None] == found, same)
 
 
-@pytest.mark.parametrize("n, dim, k", [(600, 5, 20), (1000, 32, 30), (900, 20, 12)])
+def test_many_well_separated_groups_each_get_a_seed():
+    generator = seeded()
+    group = torch.cat([torch.arange(150), torch.randint(150, (1350,), generator=generator)])
+    centres = 20 * torch.randn(150, 32, generator=generator)
+    points = centres[group] + torch.randn(1500, 32, generator=generator)
+    seeds = seed_centroids(points, 150, generator)
+    assert len(assign(seeds, centres)[0].unique()) == 150
+    assert (slow_distances(seeds, points).min(dim=1).values == 0).all()  # seeds are points
+
+
+@pytest.mark.parametrize("n, dim, k", [(600, 5, 20), (1000, 32, 30), (900, 20, 12), (2500, 8, 120)])
 def test_inertia_is_within_half_a_percent_of_scikit_learn(n, dim, k):
     generator = seeded(n)
     centres = torch.randn(k, dim, generator=generator)
@@ -105,25 +125,95 @@ def test_from_the_same_seeds_lloyd_steps_equal_scikit_learns():
     assert np.array_equal(ours.cluster, theirs.labels_)
 
 
-def test_memory_bound_changes_nothing():
+@given(st.integers(1, 200), st.integers(1, 9), ks, st.integers(0, 10**6))
+def test_the_nearest_of_identical_centroids_is_the_first(n, dim, k, seed):
+    generator = seeded(seed)
+    points, centroids = (torch.randn(m, dim, generator=generator) for m in (n, k))
+    cluster = assign(points, centroids)[0]
+    assert torch.equal(assign(points, centroids.repeat(3, 1))[0], cluster)
+    assert cluster.max() < k
+
+
+@pytest.mark.parametrize("points", [mixture(6000, 96, 150), torch.randn(6000, 96)],
+                         ids=["mixture", "gaussian"])
+def test_bf16_products_lose_nothing_in_a_step(points):
+    centroids = points[:150]
+    for _ in range(3):
+        full = assign(points, centroids)[1]
+        cluster, half = assign(points, centroids, dtype=torch.bfloat16)
+        assert half.sum().item() == pytest.approx(full.sum().item(), rel=1e-5)
+        own = (points - centroids[cluster]).square().sum(dim=1)
+        torch.testing.assert_close(half, own, rtol=1e-4, atol=1e-6)
+        centroids = kmeans(points, 150, seeded(), init=centroids, max_iters=2).centroids
+
+
+def test_bf16_products_reach_the_inertia_of_float32_ones():
+    points = mixture(6000, 96, 150)
+    full, half = (kmeans(points, 150, seeded(), init=points[:150], max_iters=8, tol=0.0, dtype=d)
+                  for d in (torch.float32, torch.bfloat16))
+    assert full.iterations == half.iterations == 8
+    assert half.inertia == pytest.approx(full.inertia, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_bound_changes_nothing(dtype):
     points, centroids = torch.randn(300, 7, generator=seeded()), torch.randn(9, 7)
-    cluster, distance = assign(points, centroids)
+    cluster, distance = assign(points, centroids, dtype=dtype)
+    whole = kmeans(points, 9, seeded(), init=centroids, dtype=dtype)
     for max_bytes in (1, 5000):
-        again = assign(points, centroids, max_bytes)
+        again = assign(points, centroids, max_bytes, dtype)
         assert torch.equal(cluster, again[0])
         torch.testing.assert_close(distance, again[1])
+        parts = kmeans(points, 9, seeded(), init=centroids, max_bytes=max_bytes, dtype=dtype)
+        assert torch.equal(whole.cluster, parts.cluster)
+        torch.testing.assert_close(whole.centroids, parts.centroids)
 
 
-def test_points_far_from_the_origin_and_in_bf16_keep_float32_distances():
+def test_a_memory_mapped_file_gives_the_same_bits(tmp_path):
+    points = mixture(3000, 16, 100)
+    points.numpy().tofile(tmp_path / "points")
+    mapped = np.memmap(tmp_path / "points", dtype=np.float32, shape=(3000, 16))
+    one = kmeans(points, 110, seeded())
+    two = kmeans(torch.from_numpy(mapped), 110, seeded())
+    assert torch.equal(one.centroids, two.centroids) and torch.equal(one.cluster, two.cluster)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.size = max(self.size, t.numel() * t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_table_grows_with_the_number_of_points(dtype):
+    points = torch.randn(40_000, 16)
+    with Largest() as largest:
+        kmeans(points, 100, seeded(), max_iters=2, max_bytes=1 << 17, dtype=dtype)
+    assert largest.size <= 8 * 40_000  # an int64 of each point; the points are 2.6 MB
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_points_of_any_float_type_are_read_as_float32(dtype):
+    points = torch.randn(400, 4, generator=seeded()).to(dtype)
+    found, wanted = kmeans(points, 5, seeded()), kmeans(points.float(), 5, seeded())
+    assert found.centroids.dtype == torch.float32
+    assert torch.equal(found.centroids, wanted.centroids)
+    assert torch.equal(found.cluster, wanted.cluster)
+
+
+def test_points_far_from_the_origin_keep_float32_distances():
     points = 1000 + torch.randn(400, 4, generator=seeded())
     distances = slow_distances(points, points[:5])
     cluster, distance = assign(points, points[:5])
     assert torch.equal(cluster, distances.argmin(dim=1))
     torch.testing.assert_close(distance.double(), distances.min(dim=1).values, rtol=1e-4, atol=1e-6)
-    coarse = torch.randn(400, 4, generator=seeded()).bfloat16()
-    found = kmeans(coarse, 5, seeded())
-    assert found.centroids.dtype == torch.float32
-    assert torch.equal(found.cluster, kmeans(coarse.float(), 5, seeded()).cluster)
 
 
 def test_an_empty_cluster_moves_to_the_farthest_point():

@@ -49,7 +49,7 @@ def table(tokens):
 @torch.no_grad()
 def all_logits(model, plan, tokens, inference, control):
     examples = table(tokens)
-    context = company(model, examples, plan, inference, control)
+    context = company(RUN, model, examples, plan, inference, control)
     return model(examples.batch(np.arange(N))[0], **context)
 
 
@@ -122,7 +122,7 @@ def test_an_edited_word_moves_no_score_of_another_row(method, form, scope, tmp_p
         base = GPT(GPTConfig(T, tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=8)).eval()
         model, plan = trained(base, method, form, scope, found)
         plan["cluster_size"] = 5
-        context = company(model, found, plan, "fit")
+        context = company(RUN, model, found, plan, "fit")
         rows, _ = found.rows(np.arange(len(found)))
         return score(RUN, model, found, 4, **context)[0], rows, found.prompt
 

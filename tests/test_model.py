@@ -8,9 +8,11 @@ from model import (
     GPT,
     SIZES,
     GPTConfig,
+    KVCache,
     LoRAHead,
     LoRALinear,
     add_lora,
+    attend,
     generate,
     merge_lora,
     unmerge_lora,
@@ -95,8 +97,10 @@ def test_logits_equal_a_slow_reference():
     torch.testing.assert_close(model(tokens), expected)
 
 
-def test_a_token_changes_no_earlier_logit():
-    model, tokens = tiny(), torch.randint(50, (1, 16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # two kinds of attention
+@torch.no_grad()
+def test_a_token_changes_no_earlier_logit(dtype):
+    model, tokens = tiny().to(dtype), torch.randint(50, (1, 16))
     before = model(tokens)
     for t in range(16):
         changed = tokens.clone()
@@ -104,6 +108,18 @@ def test_a_token_changes_no_earlier_logit():
         after = model(changed)
         assert torch.equal(before[:, :t], after[:, :t])
         assert not torch.equal(before[:, t], after[:, t])
+
+
+@pytest.mark.parametrize("T", [1, 16, 600])
+def test_attention_of_16_bit_rows_on_a_cpu_equals_float32s(T):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3))
+    exact = attend(q, k, v)
+    short = attend(*(x.bfloat16() for x in (q, k, v)))
+    torch.testing.assert_close(short.float(), exact, rtol=0, atol=0.05)
+    for mine, theirs in zip(torch.autograd.grad(short.float().square().sum(), (q, k, v)),
+                            torch.autograd.grad(exact.square().sum(), (q, k, v)), strict=True):
+        assert (mine - theirs).norm() <= 0.02 * theirs.norm()
 
 
 def test_lora_starts_at_the_frozen_model_and_trains_only_its_own():
@@ -182,6 +198,36 @@ def test_greedy_generation_equals_a_slow_loop_on_each_prompt_alone(use_cache):
     found = generate(model, PROMPTS, 8, use_cache=use_cache)
     assert found == [slow_greedy(model, prompt, 8) for prompt in PROMPTS]
     assert len({tuple(row) for row in found}) > 1
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_generation_equals_a_slow_loop_without_padding(use_cache):
+    model, prompts = tiny(lora=True).double(), [[3, 8], [7, 1], [2, 5]]
+    found = generate(model, prompts, 8, use_cache=use_cache)
+    assert found == [slow_greedy(model, prompt, 8) for prompt in prompts]
+
+
+@pytest.mark.parametrize("pad", [None, torch.tensor([0, 2, 1])])
+def test_a_cache_filled_in_parts_gives_the_hidden_states_of_the_whole(pad):
+    model, tokens = tiny().double(), torch.randint(50, (3, 12))
+    cache = [KVCache(room=14) for _ in range(TINY.n_layer)]
+    parts = [model.hidden(part, cache, pad) for part in tokens.split([3, 1, 5, 1, 2], dim=1)]
+    whole = model.hidden(tokens, pad=pad)
+    torch.testing.assert_close(torch.cat(parts, dim=1)[:, 2:], whole[:, 2:])  # 2: all padding
+    assert cache[0].length == 12
+
+
+def test_a_bfloat16_transformer_generates_beside_a_float32_head_whose_factors_are_made_once():
+    model = tiny(lora=True)
+    model.lm_head = LoRAHead(model.transformer.wte.weight, rank=2, alpha=3.0)
+    torch.nn.init.normal_(model.lm_head.lora_B)
+    made, factors = [], model.lm_head.factors
+    model.lm_head.factors = lambda statistics: made.append(1) or factors(statistics)
+    exact = generate(model, PROMPTS, 1)
+    model.transformer.to(torch.bfloat16)
+    found = generate(model, PROMPTS, 8)
+    assert [len(row) for row in found] == [8, 8, 8] and len(made) == 2
+    assert [row[:1] for row in found] == exact
 
 
 def test_each_continuation_ends_where_its_own_context_is_full():

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,24 @@ def test_batches_of_an_epoch_are_the_same_again_and_of_others_are_not():
                 for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
     assert as_lists[0] == as_lists[1]
     assert as_lists[0] != as_lists[2] != as_lists[3] != as_lists[0]
+
+
+def test_what_is_made_ahead_comes_in_order_and_so_does_a_mistake():
+    made = []
+
+    def items():
+        for i in range(5):
+            made.append(i)
+            yield i
+        raise ZeroDivisionError
+
+    taken = []
+    with pytest.raises(ZeroDivisionError):
+        for item in train.ahead(items()):
+            taken.append(item)
+            while len(made) < min(5, item + 2):  # the next one comes without being asked for
+                time.sleep(0.001)
+    assert taken == made == [0, 1, 2, 3, 4]
 
 
 # --------------------------------------------------------------------------------------- metric
@@ -175,7 +194,7 @@ def test_scores_do_not_depend_on_batch_size_or_padding_and_equal_a_slow_loop(met
     if method == "chameleon":
         model.lm_head.fit_clusters(
             Prompts(examples, base.transformer.wte), torch.Generator().manual_seed(0))
-        context = company(model, examples, plan, "fit")
+        context = company(RUN, model, examples, plan, "fit")
     expected = slow_score(model, examples, context, whole)
     first = 1 if whole else examples.prompt
     for batch_size in (1, 3, 100):
@@ -194,7 +213,7 @@ def test_controls_change_the_statistics_and_nothing_else():
     examples = examples_of([13] * 12, [3] * 12)
     prompts = Prompts(examples, base.transformer.wte)
     head.fit_clusters(prompts, torch.Generator().manual_seed(0))
-    found = {control: company(model, examples, plan, "fit", control)
+    found = {control: company(RUN, model, examples, plan, "fit", control)
              for control in (None, "own prompt only", "shuffled", "constant")}
     real = found[None]["statistics"]
     for control in ("shuffled", "constant"):
