@@ -28,7 +28,7 @@ from common import (adapt, adapter_path, choose_device, keep_freed_memory, label
                     memory_advice, open_corpus, open_run, read_plan, read_records)
 from data import RESPONSE, Examples, load_examples
 from hypernet import Prompts
-from model import generate
+from model import generate, merge_lora
 from scoring import company, score, scored_bytes, summed
 
 
@@ -249,12 +249,13 @@ def continue_prompts(run, config, args):
     requests = company(  # rows that are all prompt
         run, model, Examples(np.concatenate(prompts), length.cumsum() - length, length, length,
                         np.arange(len(length))), plan, args.inference or plan.get("inference"))
-    with run.autocast:
-        continuations = generate(
-            model, prompts, args.max_new_tokens, temperature=args.temperature,
-            top_k=args.top_k, stop_token=run.tokenizer.end,
-            **{name: tensor.to(run.device) for name, tensor in requests.items()},
-            generator=torch.Generator(run.device).manual_seed(args.seed))
+    merge_lora(model)
+    model.transformer.to(run.dtype)  # once: autocast would convert each weight for each token
+    continuations = generate(
+        model, prompts, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+        stop_token=run.tokenizer.end,
+        **{name: tensor.to(run.device) for name, tensor in requests.items()},
+        generator=torch.Generator(run.device).manual_seed(args.seed))
     groups = requests["cluster"].tolist() if requests else [0] * len(texts)
     for group in sorted(set(groups)):
         if requests:

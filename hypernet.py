@@ -134,7 +134,7 @@ class ChameleonHead(LMHead):
         A, B = out.split([self.rank * C, self.rank * self.n_out], dim=1)
         A, B = A.view(K, self.rank, C), B.view(K, self.n_out, self.rank)  # (K, r C), (K, V r)
         if self.form == "light":
-            B = self.weight @ B  # (V, C) @ (K, C, r) -> (K, V, r)
+            B = self.weight @ B.to(self.weight.dtype)  # (V, C) @ (K, C, r) -> (K, V, r)
         return self.scale * A, B
 
 

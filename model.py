@@ -139,17 +139,23 @@ class LMHead(nn.Module):
         A = factors[0]
         if len(A) == 1:
             return F.linear(hidden, A[0])  # (B, T, C) @ (C, r) -> (B, T, r)
-        return torch.bmm(hidden, A[cluster].mT)  # (B, T, C) @ (B, C, r) -> (B, T, r)
+        A = A if cluster is None else A[cluster]
+        return torch.bmm(hidden, A.mT)  # (B, T, C) @ (B, C, r) -> (B, T, r)
 
     def forward(self, hidden, factors, cluster=None):
-        """Logits (B, T, V) of hidden (B, T, C); cluster (B,) names each sequence's factors."""
+        """Logits (B, T, V) of hidden (B, T, C).
+
+        cluster (B,) names each sequence's pair of `factors`; without it there is one pair for
+        all, or one for each sequence in turn.
+        """
         logits = F.linear(hidden, self.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
         if factors is None:
             return logits
         z, B = self.project(hidden, factors, cluster), factors[1]
         if len(B) == 1:
             return logits + F.linear(z, B[0])  # (B, T, r) @ (r, V) -> (B, T, V)
-        return logits + torch.bmm(z, B[cluster].mT)  # (B, T, r) @ (B, r, V) -> (B, T, V)
+        B = B if cluster is None else B[cluster]
+        return logits + torch.bmm(z, B.mT)  # (B, T, r) @ (B, r, V) -> (B, T, V)
 
 
 class LoRAHead(LMHead):
@@ -357,12 +363,14 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
     cache = [KVCache(room) for _ in model.transformer.h] if use_cache else None
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     factors = model.lm_head.factors(statistics)
-    if factors is not None:
-        factors = [factor.to(model.lm_head.weight.dtype) for factor in factors]
+    if factors is not None:  # each sequence's own, gathered once
+        factors = [f.to(model.lm_head.weight.dtype) for f in factors]
+        factors = [f if len(f) == 1 else f[cluster] for f in factors]
     new = tokens
     while tokens.shape[1] < longest + max_new_tokens and not done.all():
         hidden = model.hidden(new if use_cache else tokens, cache, masked)
-        logits = model.lm_head(hidden[:, -1:], factors, cluster)[:, 0].float()  # (B, V)
+        last = hidden[:, -1:].contiguous()  # else torch copies a frozen W once per sequence
+        logits = model.lm_head(last, factors)[:, 0].float()  # (B, V)
         if temperature == 0:
             new = logits.argmax(dim=1, keepdim=True)  # (B, 1)
         else:
