@@ -18,6 +18,7 @@ from scoring import linear_cross_entropy
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 
 def scaling(b, out):
@@ -62,16 +63,16 @@ def scaling(b, out):
                               dtype=b.dtype)
 
     panels = {
+        "k-means from a mapped file: N": (mapped, [n // shrink for n in
+                                                   (10_000, 32_000, 100_000, 316_000, 1_000_000)]),
         "k-means: examples N": (lambda n: clustering(N=n), [2**i // shrink for i in range(12, 17)]),
         "k-means: clusters K": (lambda k: clustering(K=k), [2**i // shrink for i in range(6, 11)]),
         "head and loss: vocabulary V": (lambda v: head(V=v),
                                         [2**i // shrink for i in range(11, 17)]),
         "head and loss: rank r": (lambda r: head(r=r), [1, 2, 4, 8, 16, 32]),
         "LoRA step: length T": (whole_step, [2**i // shrink for i in range(7, 12)]),
-        "k-means from a mapped file: N": (mapped, [n // shrink for n in
-                                                   (10_000, 32_000, 100_000, 316_000, 1_000_000)]),
     }
-    figure, axes = plt.subplots(2, len(panels), figsize=(3.4 * len(panels), 6),
+    figure, axes = plt.subplots(2, len(panels), figsize=(2.8 * len(panels), 5.6),
                                 layout="constrained")
     measured = {}
     for column, (title, (make, sizes)) in enumerate(panels.items()):
@@ -85,11 +86,18 @@ def scaling(b, out):
         for row, (values, unit) in enumerate(((times, "seconds"), (bytes_, "bytes"))):
             values = np.maximum(values, 1e-9)
             slope = np.polyfit(np.log(sizes), np.log(values), 1)[0]
-            axes[row, column].loglog(sizes, values, "o-", label=f"slope {slope:.2f}")
+            panel = axes[row, column]
+            panel.loglog(sizes, values, "o-", label=f"slope {slope:.2f}")
+            middle = math.sqrt(values.min() * values.max())  # two decades, else noise looks large
+            low, high = min(values.min(), middle / 10), max(values.max(), middle * 10)
+            panel.set_ylim(low / 1.3, high * 1.3)
+            for axis in (panel.xaxis, panel.yaxis):
+                axis.set_minor_formatter(NullFormatter())
+            if max(sizes) / min(sizes) < 100:
+                panel.set_xticks(sizes[::2], [f"{n:,}" for n in sizes[::2]])
             kind = "anonymous " if from_file and row else "extra " if row else ""
-            axes[row, column].set(xlabel=title, ylabel=kind + unit)
-            axes[row, column].legend(frameon=False)
-    axes[1, -1].set_ylim(1e6, 1e10)
+            panel.set(xlabel=title, ylabel=kind + unit)
+            panel.legend(frameon=False)
     folder.cleanup()
     figure.suptitle(b.machine, fontsize=8)
     figure.savefig(out / "scaling.png", dpi=130)
@@ -98,8 +106,8 @@ def scaling(b, out):
 
 
 def anonymous(function):
-    """Most bytes of memory that is not a file's (RssAnon), while `function` runs."""
-    seen, done = [], threading.Event()
+    """Bytes of memory that is no file's (RssAnon), at the most, that `function` adds."""
+    seen, done, before = [], threading.Event(), proc("RssAnon")
 
     def watch():
         while not done.wait(0.01):
@@ -111,4 +119,4 @@ def anonymous(function):
     function()
     done.set()
     watcher.join()
-    return max(seen, default=math.nan)
+    return max(seen, default=math.nan) - before

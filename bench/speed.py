@@ -419,7 +419,8 @@ def bench_prepare(b):
             examples = load_examples(Corpus(name, b.data_dir), tokenizer, T, cache)
             prompts = Prompts(examples["train"], wte)
             head = ChameleonHead(wte.weight, 4, 8.0, n_clusters=max(1, len(prompts.mean) // 32))
-            head.fit_clusters(prompts, torch.Generator().manual_seed(0))
+            with autocast(b, b.dtype):
+                head.fit_clusters(prompts, torch.Generator().manual_seed(0))
             says[True] = (f"all three splits; {len(prompts.mean):,} rows in "
                             f"{len(head.centroids):,} clusters, k-means until it stops")
 
@@ -429,7 +430,8 @@ def bench_prepare(b):
 
         disable_progress_bars()
         corpus = Corpus(name, b.data_dir)
-        lines = [line for d in corpus.documents("train") for line in d.text.splitlines()]
+        lines = [line for split in ("train", "validation") for d in corpus.documents(split)
+                 for line in d.text.splitlines() if line.strip()]
 
         def one(example):
             ids = tokenizer.encode(example["text"])[:T]
