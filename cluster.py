@@ -35,18 +35,18 @@ def assign(points, centroids, max_bytes=1 << 24, dtype=torch.float32):
     centroids = centroids.float()
     centre = centroids.mean(dim=0)  # near zero, the digits that tell points apart are kept
     centroids = centroids - centre
-    weight, bias = centroids.to(dtype), (centroids.square().sum(dim=1) / -2).to(dtype)
+    score = linear(centroids.to(dtype), (centroids.square().sum(dim=1) / -2).to(dtype))
     cluster = torch.empty(len(points), dtype=torch.int64, device=points.device)
     distance = torch.empty(len(points), dtype=torch.float32, device=points.device)
     size = rows_within(max_bytes, centroids)
     for x, own, far in zip(*(t.split(size) for t in (points, cluster, distance)), strict=True):
         x = x.float() - centre  # (n, C)
         # |x - c|^2 = |x|^2 - 2 (x c - |c|^2 / 2), and |x|^2 is the same for every c.
-        score = linear(x.to(dtype), weight, bias)  # (n, C) @ (C, K) -> (n, K)
+        scores = score(x.to(dtype))  # (n, C) @ (C, K) -> (n, K)
         if dtype == torch.float32:
-            best = score.argmax(dim=1, keepdim=True)  # (n, 1)
+            best = scores.argmax(dim=1, keepdim=True)  # (n, 1)
         else:
-            best = score.topk(min(2, len(centroids)), dim=1).indices  # (n, 2)
+            best = scores.topk(min(2, len(centroids)), dim=1).indices  # (n, 2)
         # Between few centroids, the distance itself is cheap, and free of cancellation.
         exact = F.embedding(best, centroids).sub_(x[:, None]).square_().sum(dim=2)  # (n, 1 or 2)
         far[:], winner = exact.min(dim=1)
@@ -54,13 +54,14 @@ def assign(points, centroids, max_bytes=1 << 24, dtype=torch.float32):
     return cluster, distance
 
 
-def linear(x, weight, bias):
-    """x (n, C) @ weight^T (C, K) + bias (K,) -> (n, K). On a CPU by oneDNN: MKL, which torch
+def linear(weight, bias):
+    """The function x (n, C) -> x weight^T + bias (n, K). On a CPU by oneDNN: MKL, which torch
     prefers for float32, takes 1.6 times as long on some AMD processors."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        x, weight, bias = (t.to_mkldnn() for t in (x, weight, bias))
-        return F.linear(x, weight, bias).to_dense()
-    return F.linear(x, weight, bias)
+    if (weight.device.type, weight.dtype) != ("cpu", torch.float32) or not (
+            torch.backends.mkldnn.is_available()):
+        return lambda x: F.linear(x, weight, bias)
+    weight, bias = weight.to_mkldnn(), bias.to_mkldnn()
+    return lambda x: F.linear(x.to_mkldnn(), weight, bias).to_dense()
 
 
 def rows_within(max_bytes, centroids):

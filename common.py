@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -56,11 +57,10 @@ def choose_dtype(name, device):
 
 def matrix_rate(device, dtype, repeats=5):
     """Operations a second of a square matrix product, the best of a few: two per multiply-add."""
-    n = 8192 if device.type == "cuda" else 512
+    n = 8192 if device.type == "cuda" else 1024
     a = torch.ones(n, n, dtype=dtype, device=device)
-    a @ a
     times = []
-    for _ in range(repeats):
+    while len(times) <= repeats and sum(times) < 1:  # the first call counts where one takes long
         wait(device)
         start = time.perf_counter()
         a @ a
@@ -108,17 +108,22 @@ def memory_advice(flags):
 def join_processes(device):
     """(rank, number of processes, device) among those that torchrun has started, if it has.
 
-    Without torchrun (0, 1, device). Only rank 0 prints and writes. The processes of one machine
-    share its cores.
+    Without torchrun (0, 1, device). Only rank 0 writes, into a folder that all can read. The
+    processes of one machine share its cores.
     """
-    if "WORLD_SIZE" not in os.environ:
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    if "LOCAL_RANK" not in os.environ:
         return 0, 1, device
     local = int(os.environ["LOCAL_RANK"])
+    if device.type == "mps" or (device.type == "cuda" and local >= torch.cuda.device_count()):
+        raise UserError(f"torchrun: process {local} of this machine finds no {device.type} device "
+                        f"of its own; start fewer, or use --device cpu")
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     torch.set_num_threads(max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The first process may fetch a data set or cluster for long while the others wait.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size(), device
@@ -143,7 +148,7 @@ class Run:
 
     folder: Path
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.float32
     tokenizer: Tokenizer | None = None
     examples: dict | None = None  # split -> Examples
     base: GPT | None = None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from files import UserError, read_json
 
+SIZES = ("nano", "small", "gpt2")  # model.py has their shapes
 METHODS = ("frozen", "lora", "chameleon")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -76,7 +77,7 @@ def train_parser():
     add("--seeds", type=seeds, default="0", metavar="N,N", help="one adapter of each method per "
         "seed: initial values, batches, k-means; the base is always trained with seed 0")
     add("--base", default="scratch", help="scratch, or another run's base.safetensors")
-    add("--size", metavar="nano|small|gpt2", help="of a base from scratch: nano 2.6M parameters, "
+    add("--size", choices=SIZES, help="of a base from scratch: nano 2.6M parameters, "
         "small 12M, gpt2 124M, at their vocabularies; time grows in proportion (default: nano, on "
         "CUDA small)")
     add("--block-size", type=number(int, 4), metavar="T", help="tokens in a row: memory and time "

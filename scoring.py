@@ -9,6 +9,7 @@ whole split at once, and no score depends on the batches that it is computed in.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from data import IGNORE
 from hypernet import Prompts
@@ -65,8 +66,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         return losses.sum(), losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, _):
-        return tuple(d if d is None else d * upstream.to(d.dtype) for d in ctx.gradients)
+        return tuple(d if d is None else d * upstream for d in ctx.gradients)
 
 
 def turns(counts, size):

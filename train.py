@@ -44,7 +44,7 @@ from cluster import cluster_batches
 from common import (Run, adapt, adapter_path, choose_device, choose_dtype, join_processes,
                     keep_freed_memory, label, load_base, load_weights, matrix_rate, memory_advice,
                     open_corpus, read_plan, read_records, wait, weights)
-from data import Tokenizer, load_examples
+from data import IGNORE, Tokenizer, load_examples
 from hypernet import Prompts
 from model import GPT, SIZES, GPTConfig
 from scoring import company, losses, score, scored_bytes, summed
@@ -96,16 +96,17 @@ def parameter_groups(model):
     ]
 
 
-def flops_per_token(model):
+def flops_per_token(model, scored):
     """Operations that training on a token takes: two per weight and pass, and attention's.
 
     The backward pass repeats them for the gradients of what each layer reads and, in a base, of
-    its weights; an adapter's own matrices are too small to count.
+    its weights; an adapter's own matrices are too small to count. scored: the share of tokens
+    that need logits.
     """
-    config = model.config
-    weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
-    forward = 2 * weights + 2 * config.n_layer * config.block_size * config.n_embd
-    return forward * (3 if model.transformer.wte.weight.requires_grad else 2)
+    config, passes = model.config, 3 if model.transformer.wte.weight.requires_grad else 2
+    weights = 12 * config.n_layer * config.n_embd**2 + scored * config.vocab_size * config.n_embd
+    attention = 2 * config.n_layer * config.block_size * config.n_embd  # half of it is masked
+    return 2 * weights * passes + 3 * attention
 
 
 def drop_records(folder, method, seed, after):
@@ -188,7 +189,7 @@ def fit(run, path, model, plan, batches, load, n_scored, evaluate):
             i, key = key.split(".")
             moments.setdefault(int(i), {})[key] = tensor
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        scaler.load_state_dict(info["scaler"])
+        scaler.load_state_dict(info.get("scaler", {}))
         print(f"  {name}: going on from step {done['step']} of {total}")
 
     def save(path, tensors, **info):
@@ -213,7 +214,9 @@ def fit(run, path, model, plan, batches, load, n_scored, evaluate):
         steps = ahead(steps)
     bar = tqdm(total=total, initial=done["step"], desc=name, unit="step",
                disable=True if run.rank else None)
-    with interruptible() as stopped, bar:
+    # torchrun stops its processes itself, and a file that is not written stays as it was.
+    one = interruptible() if run.world == 1 else nullcontext(lambda: False)
+    with one as stopped, bar:
         started = time.perf_counter()
         for n_step, n_read, mine in steps:
             rate = learning_rate(done["step"], total, plan["lr"])
@@ -222,12 +225,13 @@ def fit(run, path, model, plan, batches, load, n_scored, evaluate):
             model.train()
             for turn, (i, share, batch) in enumerate(mine):
                 # Dropout is drawn anew from here: nothing to save, and any process may do it.
-                torch.manual_seed(hash((plan["seed"], done["step"], i)))
+                torch.manual_seed((plan["seed"] * total + done["step"]) * plan["accumulate"] + i)
                 last = turn + 1 == len(mine)
                 with nullcontext() if last or run.world == 1 else objective.no_sync():
                     nll = objective(*batch)
                     # DistributedDataParallel takes the mean over processes: make it the sum.
                     scaler.scale(nll * (share * run.world / n_step)).backward()
+                nll = nll.detach()  # what hangs on it may go before the next batch comes
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             scaler.step(optimizer)
@@ -236,9 +240,9 @@ def fit(run, path, model, plan, batches, load, n_scored, evaluate):
             done["step"] += 1
             done["tokens"] += n_read
             if done["step"] % 10 == 0:  # reading the loss waits for the device
-                nll = nll.item()
+                loss = nll.item() / int((batch[1] != IGNORE).sum())
                 seconds = done["seconds"] + time.perf_counter() - started
-                bar.set_postfix_str(f"{done['tokens'] / seconds:,.0f} tokens/s")
+                bar.set_postfix_str(f"loss {loss:.3f}, {done['tokens'] / seconds:,.0f} tokens/s")
             bar.update()
             if done["step"] in evaluate_at:
                 wait(run.device)
@@ -246,7 +250,7 @@ def fit(run, path, model, plan, batches, load, n_scored, evaluate):
                 result = summed(*evaluate())
                 if not math.isfinite(result["loss"]):
                     raise UserError(f"{name}: the loss is {result['loss']} at step {done['step']}; "
-                                    f"lower --lr (--base-lr for the base)")
+                                    f"lower --lr (for the base --base-lr, with another --out)")
                 record = {"method": label(plan), "seed": plan["seed"], "step": done["step"],
                           "tokens": done["tokens"], "split": "validation", **result}
                 if run.rank == 0:
@@ -259,13 +263,14 @@ def fit(run, path, model, plan, batches, load, n_scored, evaluate):
                     save(path, weights(model))
                 save_state()
                 started = time.perf_counter()
-            if stopped() and done["step"] < total and run.world == 1:
+            if stopped() and done["step"] < total:
                 done["seconds"] += time.perf_counter() - started
                 save_state()
                 raise KeyboardInterrupt
     save(last_path, weights(model))
     speed = done["tokens"] / done["seconds"] / run.world
-    share = speed * flops_per_token(model) / matrix_rate(run.device, run.dtype)
+    scored = n_step / n_read  # the others need no logits
+    share = speed * flops_per_token(model, scored) / matrix_rate(run.device, run.dtype)
     print(f"  {name}: {speed * run.world:,.0f} tokens/s, {share:.0%} of the rate of a large matrix "
           f"product here" + " in each process" * (run.world > 1))
     if run.rank == 0:
@@ -275,6 +280,7 @@ def fit(run, path, model, plan, batches, load, n_scored, evaluate):
     if stopped():
         raise KeyboardInterrupt
     load_weights(model, read_tensors(path, run.device)[0], path)
+    return done["best"]
 
 
 def under(tensors, prefix):
@@ -287,7 +293,7 @@ def is_finished(path, plan, resume):
     finished = path.exists() and path.with_suffix(".last.safetensors").exists()
     for existing in (path, state_path):
         if existing.exists():
-            made_with = read_tensors(existing)[1]["plan"]
+            made_with = {"accumulate": 1} | read_tensors(existing)[1]["plan"]
             for key in plan:
                 if made_with.get(key) != plan[key]:
                     raise UserError(
@@ -345,11 +351,12 @@ def train_base(run, args, plan):
     def evaluate():
         return score(run, model, validation, args.batch_size, whole=True)
 
-    fit(run, path, model, plan, lambda epoch: shuffled(len(train), plan["batch_size"], 0, epoch),
+    best = fit(
+        run, path, model, plan, lambda epoch: shuffled(len(train), plan["batch_size"], 0, epoch),
         load, train.length - 1, evaluate)
-    sizes = run.tokenizer.bytes_per_token()
-    nll, n_bytes = evaluate()[0].sum(), scored_bytes(validation, sizes, whole=True)
-    print(f"base: {nll / math.log(2) / n_bytes:.4f} bits a byte on whole validation rows")
+    n_bytes = scored_bytes(validation, run.tokenizer.bytes_per_token(), whole=True)
+    bits = best * (validation.length - 1).sum() / math.log(2)
+    print(f"base: {bits / n_bytes:.4f} bits a byte on whole validation rows")
 
 
 def compile_blocks(model):
@@ -388,7 +395,8 @@ def train_adapter(run, args, method, seed):
     if model.lm_head.needs_statistics:
         prompts = Prompts(train, run.base.transformer.wte, plan["stat_scope"])
         cluster = training_clusters(run, model, prompts, path, seed)
-    held_out = company(run, model, validation, plan, plan.get("inference"))
+    held_out = run.from_first(
+        lambda: company(run, model, validation, plan, plan.get("inference")))
 
     def load(index):
         tokens, targets = train.batch(index)
@@ -438,14 +446,12 @@ def main(argv=None):
     keep_freed_memory()
     device, why_device = choose_device(args.device)
     rank, world, device = join_processes(device)
-    dtype, why_dtype = choose_dtype(args.dtype, device)
-    args.dtype = str(dtype).removeprefix("torch.")  # so that a resumed run computes as before
+    run = Run(Path(args.out), device, rank=rank, world=world)
+    run.dtype, why_dtype = run.from_first(lambda: choose_dtype(args.dtype, device))
+    args.dtype = str(run.dtype).removeprefix("torch.")  # so that a resumed run computes as before
     print(f"device {device}: {why_device}; {args.dtype}: {why_dtype}; "
           f"{torch.get_num_threads()} threads" + f", {world} processes" * (world > 1))
     args.accumulate = args.accumulate or world
-    if args.accumulate % world:
-        raise UserError(f"--accumulate {args.accumulate}: not a multiple of {world} processes")
-    run = Run(Path(args.out), device, dtype, rank=rank, world=world)
 
     # First everything is checked: until then the folder gets a cache of tokens and nothing else.
     folder, base_path = run.folder, run.folder / "base.safetensors"
@@ -459,8 +465,6 @@ def main(argv=None):
     else:
         why_size = "asked for" if args.size else f"the default on {device.type}"
         args.size = args.size or ("small" if device.type == "cuda" else "nano")
-        if args.size not in SIZES:
-            raise UserError(f"--size {args.size}: must be one of {', '.join(SIZES)}")
         config = GPTConfig(**SIZES[args.size], dropout=args.dropout)
         config.block_size = args.block_size or config.block_size
     args.block_size = args.block_size or config.block_size
@@ -503,7 +507,7 @@ def main(argv=None):
             write_settings(run, args, corpus)
         if run.base is None:
             with memory_advice("halve --base-batch-size and double --accumulate, or lower "
-                               "--block-size or --size"):
+                               "--block-size or --size, with another --out"):
                 train_base(run, args, plan)
             run.base = load_base(base_path, device, run.tokenizer)
         elif trained != base_path and rank == 0:
@@ -511,8 +515,7 @@ def main(argv=None):
                 tensors, info = read_tensors(trained.with_suffix(suffix))
                 write_tensors(base_path.with_suffix(suffix), tensors, info)
         for adapter in adapters:
-            with memory_advice("halve --batch-size and double --accumulate, or lower --block-size "
-                               "or --rank"):
+            with memory_advice("halve --batch-size and double --accumulate, or lower --rank"):
                 train_adapter(run, args, *adapter)
     except KeyboardInterrupt:
         print(f"stopped; go on with: python train.py --resume --out {folder}", file=sys.stderr)

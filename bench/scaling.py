@@ -1,6 +1,7 @@
 """Time and memory against one size at a time: what `python bench/speed.py --scaling` draws."""
 
 import contextlib
+import ctypes
 import math
 import tempfile
 import threading
@@ -107,6 +108,8 @@ def scaling(b, out):
 
 def anonymous(function):
     """Bytes of memory that is no file's (RssAnon), at the most, that `function` adds."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     seen, done, before = [], threading.Event(), proc("RssAnon")
 
     def watch():
@@ -117,6 +120,7 @@ def anonymous(function):
     watcher = threading.Thread(target=watch)
     watcher.start()
     function()
+    seen.append(proc("RssAnon"))
     done.set()
     watcher.join()
     return max(seen, default=math.nan) - before

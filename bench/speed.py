@@ -578,7 +578,7 @@ def main(argv=None):
     for name in names:
         ROWS[name](b)
     versions = ", ".join(map(version, PEERS))
-    head = f"Machine: {b.machine}.\n\nPeers: {versions}.\n"
+    head = f"Machine: {b.machine}. Medians of {b.repeats}.\n\nPeers: {versions}.\n"
     text = "\n".join([head, *(table.pop("markdown") for table in b.tables)])
     write_text(out / "speed.md", text)
     write_json(out / "speed.json", {"machine": b.machine, "peers": versions, "tables": b.tables})

@@ -3,6 +3,7 @@ import random
 import pytest
 from hypothesis import settings
 
+import flags
 import model
 
 settings.register_profile("steady", deadline=None)  # machines differ and are shared
@@ -19,6 +20,7 @@ def tiny_size(monkeypatch):
     """`--size tiny`: a base that trains in no time."""
     shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=24)
     monkeypatch.setitem(model.SIZES, "tiny", shape)
+    monkeypatch.setattr(flags, "SIZES", (*flags.SIZES, "tiny"))
 
 
 @pytest.fixture(scope="session")

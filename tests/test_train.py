@@ -143,7 +143,7 @@ def test_no_table_of_all_logits_is_made(monkeypatch):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.shape[-1:] == (V,):
+            if isinstance(out, torch.Tensor) and V in out.shape:
                 largest = max(largest, out.numel())
             return out
 
@@ -474,8 +474,9 @@ def test_an_unfinished_run_asks_for_resume(arguments, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------- processes
 
 PROCESS = """
-import sys, model, train
+import sys, flags, model, train
 model.SIZES["tiny"] = dict(n_layer=2, n_head=2, n_embd=16, block_size=24)
+flags.SIZES = ("tiny",)
 train.main(sys.argv[1:])
 """
 
@@ -520,12 +521,19 @@ def test_accumulated_batches_train_as_one_large_batch(
     arguments, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(train, "shuffled", lambda n, size, *rest: torch.arange(n).split(size))
+    clip, norms, seeds, seed = torch.nn.utils.clip_grad_norm_, [], [], torch.manual_seed
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda *args: norms.append(clip(*args).item()))
+    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
     arguments = [*arguments[:-2], "--methods", "frozen,lora", "--dropout", "0"]
     runs = [train.main([*arguments, *flags, "--out", str(tmp_path / flags[1])]) for flags in (
         ["--batch-size", "8", "--base-batch-size", "8", "--accumulate", "2"],
         ["--batch-size", "16", "--base-batch-size", "16"])]
     losses = [[record["loss"] for record in read_records(run)] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert norms[:18] == pytest.approx(norms[18:], rel=1e-4)  # before the optimizer rescales them
+    first = seeds[1:19]  # of the base's 9 steps with 2 batches, after the seed of its weights
+    assert len(set(first)) == 18  # every batch draws a dropout of its own
 
 
 def test_float16_trains_with_scaled_losses(arguments):
