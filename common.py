@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from counts import CountsHead
 from data import Corpus, Tokenizer
 from files import UserError, read_tensors
 from flags import remembered
@@ -241,8 +242,11 @@ def adapt(base, plan):
     head = model.transformer.wte.weight, plan["rank"], plan["alpha"]
     if plan["method"] == "lora":
         model.lm_head = LoRAHead(*head)
+    elif plan["method"] == "counts":
+        model.lm_head = CountsHead(*head, plan["stat_scope"], plan["refresh"])
     else:
-        model.lm_head = ChameleonHead(*head, plan["head_form"], plan["clusters"])
+        model.lm_head = ChameleonHead(
+            *head, plan["head_form"], plan["clusters"], plan["stat_scope"])
     return model
 
 

@@ -27,9 +27,8 @@ from matplotlib.figure import Figure
 from common import (adapt, adapter_path, choose_device, keep_freed_memory, label, load_weights,
                     memory_advice, open_corpus, open_run, read_plan, read_records)
 from data import RESPONSE, Examples, load_examples
-from hypernet import Prompts
 from model import generate, merge_lora
-from scoring import company, score, scored_bytes, summed
+from scoring import held_out_company, score, scored_bytes, summed
 
 
 # Okabe & Ito's palette: told apart by all kinds of colour vision, and in grey.
@@ -58,8 +57,8 @@ def score_model(run, model, plan, args, n_bytes, control=None):
         examples = run.examples[split]
         start = time.perf_counter()
         with memory_advice("lower --batch-size"):
-            context = company(run, model, examples, plan, inference, control)
-            found = summed(*score(run, model, examples, args.batch_size, **context))
+            company = held_out_company(run, model, examples, plan, inference, control)
+            found = summed(*score(run, model, examples, args.batch_size, company))
         seconds += time.perf_counter() - start
         result[split] = found | {
             "perplexity": math.exp(found["loss"]),
@@ -184,9 +183,9 @@ def typical_words(present, mine, tokenizer, n=3):
 def draw_clusters(run, model, plan, inference, path, n_labels=7):
     """Validation prompts in the plane of most variance (PCA), coloured by cluster."""
     examples = run.examples["validation"]
-    prompts = Prompts(examples, run.base.transformer.wte, plan["stat_scope"])
-    features = prompts.features(model.lm_head.center.cpu())
-    cluster = company(run, model, examples, plan, inference)["cluster"].numpy()
+    company = held_out_company(run, model, examples, plan, inference)
+    features = company.prompts.features(model.lm_head.center.cpu())
+    cluster = company.cluster.numpy()
     centred = features - features.mean(dim=0)
     _, scales, axes_of = torch.linalg.svd(centred, full_matrices=False)
     plane = (centred @ axes_of[:2].T).numpy()  # (N, C) @ (C, 2) -> (N, 2)
@@ -246,19 +245,21 @@ def continue_prompts(run, config, args):
                             f"there is {', '.join(p.stem for p in adapter_paths(run.folder))}")
         model, plan = load_adapter(run, path)
     length = np.array([len(prompt) for prompt in prompts])
-    requests = company(  # rows that are all prompt
+    company = held_out_company(  # rows that are all prompt
         run, model, Examples(np.concatenate(prompts), length.cumsum() - length, length, length,
                         np.arange(len(length))), plan, args.inference or plan.get("inference"))
+    requests = company.told(torch.arange(len(prompts))) if company else ()
     merge_lora(model)
     model.transformer.to(run.dtype)  # once: autocast would convert each weight for each token
     continuations = generate(
         model, prompts, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
         stop_token=run.tokenizer.end,
-        **{name: tensor.to(run.device) for name, tensor in requests.items()},
+        **{name: told.to(run.device)
+           for name, told in zip(("statistics", "cluster"), requests, strict=False)},
         generator=torch.Generator(run.device).manual_seed(args.seed))
-    groups = requests["cluster"].tolist() if requests else [0] * len(texts)
+    groups = company.cluster.tolist() if company else [0] * len(texts)
     for group in sorted(set(groups)):
-        if requests:
+        if company:
             members = groups.count(group)
             print(f"\n# cluster {group + 1}: {members} prompt{'s' * (members > 1)}, one update")
         for text, tokens, mine in zip(texts, continuations, groups, strict=True):

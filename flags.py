@@ -7,7 +7,7 @@ from pathlib import Path
 from files import UserError, read_json
 
 SIZES = ("nano", "small", "gpt2")  # model.py has their shapes
-METHODS = ("frozen", "lora", "chameleon")
+METHODS = ("frozen", "lora", "chameleon", "counts")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -106,12 +106,15 @@ def train_parser():
     add("--alpha", type=number(float, 1e-9, 1e9), default=8.0, help="updates scale by alpha / rank")
     add("--head-form", choices=("full", "light"), default="full", help="what the hyper-network "
         "writes: full A and B (the paper's), or light, whose size ignores the vocabulary")
-    add("--clusters", type=number(int, 1), metavar="K", help="k-means clusters of the training "
-        "prompts (default: one per batch)")
-    add("--stat-scope", choices=("prompt", "full"), default="prompt", help="tokens behind the "
-        "statistics; full LEAKS the tokens to be predicted and is there to show how much")
+    add("--cluster-size", type=number(int, 1), metavar="N", help="members of a cluster, on average "
+        "(default: chameleon's is a batch, counts' 12)")
+    add("--stat-scope", choices=("prompt", "running", "full"), help="tokens behind the statistics: "
+        "the prompts', or (counts alone) also what the continuations hold so far; full LEAKS the "
+        "tokens to be predicted and is there to show how much (default: running where possible)")
+    add("--refresh", type=number(int, 1), default=16, metavar="N", help="tokens after which the "
+        "running scope counts again")
     add("--inference", choices=("fit", "assign"), default="fit", help="cluster held-out requests "
-        "by k-means among themselves, or by the nearest training centroid")
+        "by k-means among themselves, or (not counts) by the nearest training centroid")
     add("--device", default="auto", choices=DEVICES, help="auto is the first of cuda, mps, cpu "
         "that is there")
     add("--dtype", default="auto", choices=DTYPES, help="of matrix products; the 16-bit ones halve "

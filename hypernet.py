@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cluster import assign, kmeans
-from model import LMHead, lora_factors
+from model import LMHead, Update, lora_factors
 
 
 def batch_statistics(embeddings, mask, cluster):
@@ -73,14 +73,14 @@ class ChameleonHead(LMHead):
     clusters; all three are measured on the training prompts and kept with the weights.
     """
 
-    needs_statistics = True
+    needs_statistics, clustered_batches = True, True
 
-    def __init__(self, weight, rank, alpha, form="full", n_clusters=1):
+    def __init__(self, weight, rank, alpha, form="full", n_clusters=1, scope="prompt"):
         super().__init__(weight)
         V, C = weight.shape
         if form not in ("full", "light"):
             raise ValueError(f"form must be full or light, not {form}")
-        self.rank, self.scale, self.form = rank, alpha / rank, form
+        self.rank, self.scale, self.form, self.scope = rank, alpha / rank, form, scope
         self.n_out = V if form == "full" else C  # rows of the second factor
         self.hypernetwork = HyperNetwork(C, rank * (C + self.n_out))
         self.hypernetwork.to(weight.device)
@@ -95,26 +95,28 @@ class ChameleonHead(LMHead):
         with torch.no_grad():
             last.bias[: A.numel()] = A.flatten()
 
-    def fit_clusters(self, prompts, generator):
-        """Cluster the training prompts; keep what inference needs."""
+    def read(self, examples, embedding):
+        return Prompts(examples, embedding, self.scope)
+
+    def fit_clusters(self, prompts, k, generator):
+        """Cluster (N,) of the training prompts; keeps what inference needs."""
         self.center.copy_(prompts.mean.mean(dim=0))
         self.spread.copy_(prompts.mean.std(dim=0, correction=0))
-        self.centroids.copy_(self.kmeans(prompts, len(self.centroids), generator).centroids)
+        self.centroids.copy_(self.kmeans(prompts, k, generator).centroids)
+        return self.nearest(prompts)
 
     def features(self, prompts):
         return prompts.features(self.center.cpu()).to(self.weight.device)
 
     def kmeans(self, prompts, k, generator):
-        kind = self.weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        return kmeans(self.features(prompts), k, generator, dtype=dtype)
+        return kmeans(self.features(prompts), k, generator, dtype=product_type(self.weight.device))
 
     def nearest(self, prompts):
         """Nearest training centroid (N,) of each prompt; for training prompts, their cluster."""
         return assign(self.features(prompts), self.centroids)[0].cpu()
 
     def group(self, prompts, k=None, generator=None):
-        """Cluster (N,) of new requests, and the statistics (K, C) of those clusters, on the CPU.
+        """Cluster (N,) of new requests.
 
         With k, by k-means on the requests at hand (the paper's inference-time clusters); without,
         by the nearest training centroid, which also serves a single request. Either way a
@@ -124,10 +126,18 @@ class ChameleonHead(LMHead):
             cluster = self.nearest(prompts)
         else:
             cluster = self.kmeans(prompts, k, generator).cluster.cpu()
-        cluster = cluster.unique(return_inverse=True)[1]  # number the clusters that have members
-        return cluster, prompts.statistics(cluster)
+        return cluster.unique(return_inverse=True)[1]  # number the clusters that have members
 
-    def factors(self, statistics):
+    def told(self, prompts, index, which, members, group):
+        """What `losses` is told of the rows `index`: statistics (K, C), cluster (B,).
+
+        which (B,) names each row's cluster, group (M,) that of each of the `members` (M,).
+        """
+        if not len(members):
+            return self.center.cpu().expand(int(which.max()) + 1, -1), which
+        return prompts.statistics(group, members), which
+
+    def updates(self, statistics):
         K, C = statistics.shape
         standard = (statistics - self.center) / self.spread.clamp(min=1e-6)
         out = self.hypernetwork(standard)  # (K, C) -> (K, r C + r V)
@@ -135,7 +145,7 @@ class ChameleonHead(LMHead):
         A, B = A.view(K, self.rank, C), B.view(K, self.n_out, self.rank)  # (K, r C), (K, V r)
         if self.form == "light":
             B = self.weight @ B.to(self.weight.dtype)  # (V, C) @ (K, C, r) -> (K, V, r)
-        return self.scale * A, B
+        return [Update(self.scale * A, B)]
 
 
 class Prompts:
@@ -171,6 +181,13 @@ class Prompts:
         mean, count = self.mean[index], self.count[index]
         # Each row counts as one token that stands there `count` times: (B, 1, C) and (B, 1).
         return batch_statistics(mean[:, None], count[:, None], cluster)
+
+
+def product_type(device):
+    """Autocast's type if it is on, else float32: what k-means makes its products in."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.float32
 
 
 def table(n_rows, n_columns):

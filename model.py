@@ -16,6 +16,7 @@ Dimension key, for the whole project:
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -118,11 +119,35 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class LMHead(nn.Module):
-    """logits = W h + B A h, with W frozen; here without the update B A.
+class Update(NamedTuple):
+    """A low-rank change of the head's W: logits get B (A h + bias) more.
 
-    Every head of the project is called as this one is, and differs in its `factors` alone: one
-    pair for all sequences, or one per cluster, made from the clusters' statistics (K, C).
+    A and B are shared by all sequences, (r, C) and (V, r), or one per cluster, (K, r, C) and
+    (K, V, r).
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    bias: torch.Tensor | None = None  # (r,)
+
+    def of(self, cluster):
+        """The same with each sequence's own A and B, gathered by cluster (B,)."""
+        A, B = (t if t.dim() == 2 else t[cluster] for t in (self.A, self.B))
+        return Update(A, B, self.bias)
+
+    def project(self, hidden):
+        """The low-rank side, A h + bias: hidden (B, T, C) -> (B, T, r)."""
+        if self.A.dim() == 2:
+            return F.linear(hidden, self.A, self.bias)  # (B, T, C) @ (C, r) -> (B, T, r)
+        z = torch.bmm(hidden, self.A.mT)  # (B, T, C) @ (B, C, r) -> (B, T, r)
+        return z if self.bias is None else z + self.bias
+
+
+class LMHead(nn.Module):
+    """logits = W h, and more for each of `updates`. W is frozen while an adapter is trained.
+
+    Every head of the project is called as this one is, and differs in its updates alone, which
+    may be made from statistics of the clusters.
     """
 
     needs_statistics = False
@@ -131,31 +156,25 @@ class LMHead(nn.Module):
         super().__init__()
         self.weight = weight  # (V, C), the token embedding itself
 
-    def factors(self, statistics=None):
-        """A (K, r, C) and B (K, V, r), or None: to be made once for any number of calls."""
+    def updates(self, statistics=None):
+        """A list of `Update`s, made once for any number of calls."""
+        return []
 
-    def project(self, hidden, factors, cluster=None):
-        """A h, the low-rank side of each sequence's update: hidden (B, T, C) -> (B, T, r)."""
-        A = factors[0]
-        if len(A) == 1:
-            return F.linear(hidden, A[0])  # (B, T, C) @ (C, r) -> (B, T, r)
-        A = A if cluster is None else A[cluster]
-        return torch.bmm(hidden, A.mT)  # (B, T, C) @ (B, C, r) -> (B, T, r)
-
-    def forward(self, hidden, factors, cluster=None):
+    def forward(self, hidden, updates=(), cluster=None):
         """Logits (B, T, V) of hidden (B, T, C).
 
-        cluster (B,) names each sequence's pair of `factors`; without it there is one pair for
-        all, or one for each sequence in turn.
+        cluster, (B,) or (B, T), names each sequence's A and B, or each position's B; without it
+        there are one for all, or one for each sequence in turn.
         """
         logits = F.linear(hidden, self.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
-        if factors is None:
-            return logits
-        z, B = self.project(hidden, factors, cluster), factors[1]
-        if len(B) == 1:
-            return logits + F.linear(z, B[0])  # (B, T, r) @ (r, V) -> (B, T, V)
-        B = B if cluster is None else B[cluster]
-        return logits + torch.bmm(z, B.mT)  # (B, T, r) @ (B, r, V) -> (B, T, V)
+        for update in updates:
+            update = update if cluster is None else update.of(cluster)
+            z, B = update.project(hidden), update.B
+            if B.dim() < 4:
+                logits = logits + z @ B.mT  # (B, T, r) @ (r, V) or (B, r, V) -> (B, T, V)
+            else:
+                logits = logits + torch.einsum("btr,btvr->btv", z, B)
+        return logits
 
 
 class LoRAHead(LMHead):
@@ -171,8 +190,8 @@ class LoRAHead(LMHead):
         self.scale = alpha / rank
         self.lora_A, self.lora_B = lora_factors(C, V, rank, weight.device)
 
-    def factors(self, statistics=None):
-        return self.scale * self.lora_A[None], self.lora_B[None]  # (1, r, C), (1, V, r)
+    def updates(self, statistics=None):
+        return [Update(self.scale * self.lora_A, self.lora_B)]
 
 
 class GPT(nn.Module):
@@ -228,7 +247,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens, statistics=None, cluster=None):
         """Logits (B, T, V) of token ids (B, T); statistics (K, C) and cluster (B,) adapt them."""
-        return self.lm_head(self.hidden(tokens), self.lm_head.factors(statistics), cluster)
+        return self.lm_head(self.hidden(tokens), self.lm_head.updates(statistics), cluster)
 
 
 # ---------------------------------------------------------------------------------------- LoRA
@@ -362,15 +381,16 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
     room = min(longest + max_new_tokens, context + longest - shortest)
     cache = [KVCache(room) for _ in model.transformer.h] if use_cache else None
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    factors = model.lm_head.factors(statistics)
-    if factors is not None:  # each sequence's own, gathered once
-        factors = [f.to(model.lm_head.weight.dtype) for f in factors]
-        factors = [f if len(f) == 1 else f[cluster] for f in factors]
+    updates = model.lm_head.updates(statistics)
+    if cluster is not None:  # gathered once, not for every token
+        updates = [update.of(cluster) for update in updates]
+    updates = [Update(*(t if t is None else t.to(model.lm_head.weight.dtype) for t in update))
+               for update in updates]
     new = tokens
     while tokens.shape[1] < longest + max_new_tokens and not done.all():
         hidden = model.hidden(new if use_cache else tokens, cache, masked)
         last = hidden[:, -1:].contiguous()  # else torch copies a frozen W once per sequence
-        logits = model.lm_head(last, factors)[:, 0].float()  # (B, V)
+        logits = model.lm_head(last, updates)[:, 0].float()  # (B, V)
         if temperature == 0:
             new = logits.argmax(dim=1, keepdim=True)  # (B, 1)
         else:

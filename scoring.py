@@ -2,8 +2,8 @@
 
 A loss is the negative log-likelihood of the continuations' tokens, each predicted from what stands
 before it, summed over tokens and then divided by their number. Prompts and padding are not scored.
-A chameleon's loss depends on the company that an example keeps, so `company` chooses that for a
-whole split at once, and no score depends on the batches that it is computed in.
+A chameleon's loss depends on the company that an example keeps, so that is chosen for a whole split
+at once, and no score depends on the batches that it is computed in.
 """
 
 import numpy as np
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from data import IGNORE
-from hypernet import Prompts
 
 LOGITS_BYTES = 1 << 26  # float32 logits that exist at one time; more tokens are taken in turns
 
@@ -27,41 +26,46 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, z, B, counts):
+    def forward(ctx, hidden, weight, targets, counts, *updates):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
         exact = torch.promote_types(dtype, torch.float32)  # of the softmax, and of sums
-        h, W = hidden.to(dtype), weight.to(dtype)
+        h, W, *updates = (t.to(dtype) for t in (hidden, weight, *updates))
         losses = torch.empty(len(targets), dtype=exact, device=hidden.device)
-        train_h, train_W, _, train_z, train_B, _ = ctx.needs_input_grad
-        d_h = torch.empty_like(h) if train_h else None
-        d_W = torch.zeros_like(weight, dtype=exact) if train_W else None
-        d_z = d_B = None
-        if B is not None:
-            z, B = z.to(dtype), B.to(dtype)
-            d_z = torch.empty_like(z) if train_z else None
-            d_B = torch.zeros_like(B, dtype=exact) if train_B else None
-        for k, rows in turns(counts, max(1, LOGITS_BYTES // (4 * len(weight)))):
-            x = h[rows] @ W.T  # (m, C) @ (C, V) -> (m, V)
-            if B is not None:
-                x.addmm_(z[rows], B[k].T)  # (m, r) @ (r, V) -> (m, V)
+        trained = ctx.needs_input_grad
+        d_h = torch.empty_like(h) if trained[0] else None
+        d_W = torch.zeros_like(W, dtype=exact) if trained[1] else None
+        # z, B of each update; sums over tokens are kept exact
+        d_updates = [None if not needed else torch.zeros_like(t, dtype=exact if i % 2 else dtype)
+                     for i, (t, needed) in enumerate(zip(updates, trained[4:], strict=True))]
+        for turn in torch.arange(len(targets)).split(max(1, LOGITS_BYTES // (4 * len(weight)))):
+            first, end = int(turn[0]), int(turn[-1]) + 1
+            x = h[first:end] @ W.T  # (m, C) @ (C, V) -> (m, V)
+            parts = []  # tokens of this turn that share a B: which update, which B, which tokens
+            for i in range(0, len(updates), 2):
+                places = [(0, first, end)] if len(updates[i + 1]) == 1 else within(
+                    counts, first, end)
+                parts += [(i, k, slice(a, b), slice(a - first, b - first)) for k, a, b in places]
+            for i, k, rows, here in parts:
+                x[here].addmm_(updates[i][rows], updates[i + 1][k].T)  # (m, r) @ (r, V)
             log_p = F.log_softmax(x, dim=1, dtype=exact)
-            target = targets[rows, None]
-            losses[rows] = -log_p.gather(1, target)[:, 0]
-            if not any(ctx.needs_input_grad):
+            target = targets[first:end, None]
+            losses[first:end] = -log_p.gather(1, target)[:, 0]
+            if not any(trained):
                 continue
             g = log_p.exp_()
             g = g.scatter_add_(1, target, -torch.ones_like(target, dtype=exact)).to(dtype)
-            if train_h:
-                d_h[rows] = g @ W  # (m, V) @ (V, C) -> (m, C)
-            if train_W:
-                d_W += g.T @ h[rows]  # (V, m) @ (m, C) -> (V, C)
-            if train_z:
-                d_z[rows] = g @ B[k]  # (m, V) @ (V, r) -> (m, r)
-            if train_B:
-                d_B[k] += g.T @ z[rows]  # (V, m) @ (m, r) -> (V, r)
-        ctx.gradients = d_h, d_W, None, d_z, d_B, None
+            if d_h is not None:
+                d_h[first:end] = g @ W  # (m, V) @ (V, C) -> (m, C)
+            if d_W is not None:
+                d_W += g.T @ h[first:end]  # (V, m) @ (m, C) -> (V, C)
+            for i, k, rows, here in parts:
+                if d_updates[i] is not None:
+                    d_updates[i][rows] = g[here] @ updates[i + 1][k]  # (m, V) @ (V, r)
+                if d_updates[i + 1] is not None:
+                    d_updates[i + 1][k] += g[here].T @ updates[i][rows]  # (V, m) @ (m, r)
+        ctx.gradients = d_h, d_W, None, None, *d_updates
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
@@ -71,34 +75,36 @@ class LinearCrossEntropy(torch.autograd.Function):
         return tuple(d if d is None else d * upstream for d in ctx.gradients)
 
 
-def turns(counts, size):
-    """(k, slice) for `counts` tokens of each cluster that lie side by side, `size` at a time."""
+def within(counts, first, end):
+    """(k, from, to) of each cluster's tokens between `first` and `end`, lying side by side."""
     start = 0
     for k, count in enumerate(counts):
-        for first in range(start, start + count, size):
-            yield k, slice(first, min(first + size, start + count))
-        start += count
+        a, b = max(start, first), min(start := start + count, end)
+        if a < b:
+            yield k, a, b
 
 
-def linear_cross_entropy(hidden, weight, targets, z=None, B=None, counts=None):
+def linear_cross_entropy(hidden, weight, targets, updates=(), counts=None):
     """Summed negative log-likelihood, which can be differentiated, and each token's (n,).
 
-    hidden (n, C), weight (V, C), targets (n,); logits are W h, or W h + B[k] z with z (n, r) and
-    B (K, V, r), where the first counts[0] tokens have k = 0, the next counts[1] k = 1 and so on.
-    Products are made in autocast's type, the softmax and all sums in float32. At most
-    LOGITS_BYTES of logits exist at a time, and whatever autograd needs is made on the way.
+    hidden (n, C), weight (V, C), targets (n,); logits are W h, and for each of `updates`, a pair
+    z (n, r) and B, B z more with B (V, r), or B[k] z with B (K, V, r) and k = 0 for the first
+    counts[0] tokens, 1 for the next counts[1] and so on. Products are made in autocast's type,
+    the softmax and all sums in float32. At most LOGITS_BYTES of logits exist at a time, and
+    whatever autograd needs is made on the way.
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()
-    return LinearCrossEntropy.apply(hidden, weight, targets, z, B, counts or [len(targets)])
+    flat = [tensor for z, B in updates for tensor in (z, B if B.dim() == 3 else B[None])]
+    return LinearCrossEntropy.apply(hidden, weight, targets, counts, *flat)
 
 
 def losses(model, tokens, targets, statistics=None, cluster=None):
     """Negative log-likelihood of the scored targets, in nats: summed (), and of each row (B,).
 
-    tokens and targets (B, T), IGNORE where nothing is scored, statistics (K, C) and cluster (B,)
-    lie on the CPU, so that nothing here waits for the device. The sum can be differentiated, the
-    rows cannot.
+    tokens and targets (B, T), IGNORE where nothing is scored, statistics (K, ...) and cluster,
+    (B,) or (B, T), lie on the CPU, so that nothing here waits for the device. The sum can be
+    differentiated, the rows cannot.
     """
     head, device = model.lm_head, model.lm_head.weight.device
 
@@ -108,21 +114,24 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
         return x.pin_memory().to(device, non_blocking=True)  # unpinned, it would wait
 
     hidden = model.hidden(send(tokens))
-    factors = head.factors(send(statistics))
+    updates = head.updates(send(statistics))
     place = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (n,) of B * T
-    z = B = counts = None
-    if factors is not None:
-        z, B = head.project(hidden, factors, send(cluster)), factors[1]
-        if len(B) > 1:  # tokens of a cluster side by side
-            k = cluster[place // targets.shape[1]]
-            place, counts = place[k.argsort(stable=True)], k.bincount(minlength=len(B)).tolist()
+    K, counts = max((len(update.B) for update in updates if update.B.dim() == 3), default=1), None
+    if K > 1:  # tokens of a cluster side by side
+        k = (cluster if cluster.dim() == 2 else cluster[:, None]).expand(targets.shape)
+        k = k.flatten()[place]
+        place, counts = place[k.argsort(stable=True)], k.bincount(minlength=K).tolist()
     wanted, place = send(targets.flatten()[place]), send(place)
 
     def scored(x):
         return x.flatten(0, 1).index_select(0, place)  # (B, T, ...) -> (n, ...)
 
-    total, each = linear_cross_entropy(
-        scored(hidden), head.weight, wanted, z if z is None else scored(z), B, counts)
+    pairs = []
+    for update in updates:
+        if update.A.dim() == 3:
+            update = update._replace(A=update.A[send(cluster)])
+        pairs.append((scored(update.project(hidden)), update.B))
+    total, each = linear_cross_entropy(scored(hidden), head.weight, wanted, pairs, counts)
     rows = each.new_zeros(targets.numel()).index_copy_(0, place, each)  # (B * T,)
     return total, rows.view(targets.shape).sum(dim=1)
 
@@ -143,11 +152,11 @@ def scored_bytes(examples, sizes, whole=False):
 
 
 @torch.no_grad()
-def score(run, model, examples, batch_size, statistics=None, cluster=None, whole=False):
+def score(run, model, examples, batch_size, company=None, whole=False):
     """Score every example: losses (N,) in nats, float64, and scored tokens (N,).
 
-    statistics (K, C) and cluster (N,) are the company that the examples keep: chosen for all of
-    them together, so that no result depends on `batch_size`, nor on the number of processes.
+    `company` is what the examples keep: a `Company`, chosen for all of them together, so that no
+    result depends on `batch_size`, nor on the number of processes.
     """
     model.eval()
     nll, counts = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
@@ -155,38 +164,56 @@ def score(run, model, examples, batch_size, statistics=None, cluster=None, whole
     batches = np.split(by_length, range(batch_size, len(examples), batch_size))
     for index in batches[run.rank :: run.world]:
         tokens, targets = examples.batch(index, whole)
-        s, c = statistics, None
-        if cluster is not None:
-            used, c = cluster[torch.from_numpy(index)].unique(return_inverse=True)
-            s = statistics[used]
+        told = company.told(torch.from_numpy(index)) if company else ()
         with run.autocast:
-            rows = losses(model, tokens, targets, s, c)[1]
+            rows = losses(model, tokens, targets, *told)[1]
         nll[index] = rows.cpu().numpy()  # summed up in float64 from here on
         counts[index] = (targets != IGNORE).sum(dim=1).numpy()
     return run.add_up(nll), run.add_up(counts)
 
 
-def company(run, model, examples, plan, inference, control=None):
-    """Statistics (K, C) and cluster (N,) of held-out examples, on the CPU, as `score` takes them.
+class Company:
+    """Who keeps whose company among N examples: what a head is told of them.
+
+    head, prompts: see `read` and `told` of the head; cluster (N,). control: None, or what takes
+    the place of the cluster: "own prompt only", "shuffled" (another cluster) or "constant" (none).
+    """
+
+    def __init__(self, head, prompts, cluster, control=None, generator=None):
+        if control == "own prompt only":
+            cluster = torch.arange(len(cluster))
+        self.head, self.prompts, self.cluster = head, prompts, cluster
+        members = cluster.argsort(stable=True).split(cluster.bincount().tolist())
+        if control == "shuffled":  # every cluster gets another one's members
+            order = torch.randperm(len(members), generator=generator)
+            members = [members[i] for i in order.roll(1)[order.argsort()]]
+        elif control == "constant":
+            members = [alone[:0] for alone in members]
+        self.members = members
+
+    def told(self, index):
+        """Statistics and cluster of the rows `index` (B,), as `losses` takes them."""
+        used, which = self.cluster[index].unique(return_inverse=True)
+        members = [self.members[k] for k in used.tolist()]
+        group = torch.repeat_interleave(torch.tensor([len(own) for own in members]))
+        return self.head.told(self.prompts, index, which, torch.cat(members), group)
+
+
+def held_out_company(run, model, examples, plan, inference, control=None):
+    """The `Company` of held-out examples; None for a head that is told nothing.
 
     inference: "fit", k-means on the requests at hand, or "assign", the nearest training centroid.
-    control: None, or what replaces the statistic: "own prompt only", "shuffled" or "constant".
     """
     head = model.lm_head
     if not head.needs_statistics:
-        return {}
-    prompts = Prompts(examples, model.transformer.wte, plan["stat_scope"])
-    if control == "own prompt only":
-        cluster = torch.arange(len(examples))
-        statistics = prompts.statistics(cluster)
-    else:
-        k = max(1, round(len(examples) / plan["cluster_size"])) if inference == "fit" else None
-        generator = torch.Generator().manual_seed(plan["seed"])
+        return None
+    prompts = head.read(examples, model.transformer.wte)
+    k = max(1, round(len(examples) / plan["cluster_size"])) if inference == "fit" else None
+    generator = torch.Generator().manual_seed(plan["seed"])
+
+    def group():
         with run.autocast:
-            cluster, statistics = head.group(prompts, k, generator)
-    if control == "shuffled":  # every cluster gets another one's statistic
-        order = torch.randperm(len(statistics), generator=generator)
-        statistics = statistics[order.roll(1)[order.argsort()]]
-    elif control == "constant":
-        statistics = head.center.cpu().expand_as(statistics)
-    return {"statistics": statistics, "cluster": cluster}
+            return head.group(prompts, k, generator)
+
+    cluster = run.from_first(group)
+    return Company(head, prompts, cluster, control, generator)

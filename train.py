@@ -45,9 +45,8 @@ from common import (Run, adapt, adapter_path, choose_device, choose_dtype, join_
                     keep_freed_memory, label, load_base, load_weights, matrix_rate, memory_advice,
                     open_corpus, read_plan, read_records, wait, weights)
 from data import IGNORE, Tokenizer, load_examples
-from hypernet import Prompts
 from model import GPT, SIZES, GPTConfig
-from scoring import company, losses, score, scored_bytes, summed
+from scoring import Company, held_out_company, losses, score, scored_bytes, summed
 
 # ------------------------------------------------------------------------------------ training
 
@@ -373,10 +372,18 @@ def adapter_plan(run, args, method, seed):
         "alpha": args.alpha, "lr": args.lr, "batch_size": args.batch_size,
         **plan_steps(N, args.batch_size, args.epochs, args),
     }
-    if method == "chameleon":
-        k = args.clusters or -(-N // args.batch_size)
-        plan |= {"head_form": args.head_form, "clusters": k, "cluster_size": N / k,
-                 "stat_scope": args.stat_scope, "inference": args.inference}
+    if method in ("chameleon", "counts"):
+        size = args.cluster_size or (args.batch_size if method == "chameleon" else 12)
+        scope = args.stat_scope or ("prompt" if method == "chameleon" else "running")
+        plan |= {"clusters": -(-N // size), "cluster_size": size, "stat_scope": scope,
+                 "inference": args.inference}
+        plan |= ({"head_form": args.head_form} if method == "chameleon" else
+                 {"refresh": args.refresh})
+        if method == "chameleon" and scope == "running":
+            raise UserError("--stat-scope running: chameleon has none, only counts")
+        if method == "counts" and args.inference == "assign":
+            raise UserError("--inference assign: counts keeps no centroids; leave it out of "
+                            "--methods")
     return plan
 
 
@@ -391,37 +398,35 @@ def train_adapter(run, args, method, seed):
     model = adapt(run.base, plan)
     if args.compile:
         compile_blocks(model)
-    prompts = cluster = None
-    if model.lm_head.needs_statistics:
-        prompts = Prompts(train, run.base.transformer.wte, plan["stat_scope"])
-        cluster = training_clusters(run, model, prompts, path, seed)
-    held_out = run.from_first(
-        lambda: company(run, model, validation, plan, plan.get("inference")))
+    head, company, cluster = model.lm_head, None, None
+    if head.needs_statistics:
+        prompts = head.read(train, run.base.transformer.wte)
+        company = Company(head, prompts, training_clusters(run, head, prompts, plan))
+        cluster = company.cluster if head.clustered_batches else None
+    held_out = held_out_company(run, model, validation, plan, plan.get("inference"))
 
     def load(index):
-        tokens, targets = train.batch(index)
-        if prompts is None:
-            return tokens, targets, None, None
-        mates = cluster[index].unique(return_inverse=True)[1]  # (B,)
-        return tokens, targets, prompts.statistics(mates, index), mates  # of this batch's members
+        if company is None:
+            return *train.batch(index), None, None
+        if cluster is None:
+            return *train.batch(index), *company.told(index)
+        which = cluster[index].unique(return_inverse=True)[1]  # of this batch's members alone
+        return *train.batch(index), *head.told(prompts, index, which, index, which)
 
     fit(run, path, model, plan,
         lambda epoch: shuffled(len(train), args.batch_size, seed, epoch, cluster),
         load, train.length - train.prompt,
-        lambda: score(run, model, validation, args.batch_size, **held_out))
+        lambda: score(run, model, validation, args.batch_size, held_out))
 
 
-def training_clusters(run, model, prompts, path, seed):
-    """Cluster (N,) of each training prompt, made once for all processes; the head keeps them."""
-    head, state_path = model.lm_head, path.with_suffix(".state.safetensors")
+def training_clusters(run, head, prompts, plan):
+    """Cluster (N,) of each training prompt, made once for all processes; the head is fitted."""
 
     def make():
-        if state_path.exists():  # the very same clusters
-            load_weights(model, under(read_tensors(state_path)[0], "model."), path)
-        else:
-            with run.autocast:
-                head.fit_clusters(prompts, torch.Generator().manual_seed(seed))
-        return head.nearest(prompts), {n: buffer.cpu() for n, buffer in head.named_buffers()}
+        with run.autocast:
+            cluster = head.fit_clusters(
+                prompts, plan["clusters"], torch.Generator().manual_seed(plan["seed"]))
+        return cluster, {name: buffer.cpu() for name, buffer in head.named_buffers()}
 
     cluster, buffers = run.from_first(make)
     head.load_state_dict(buffers, strict=False)

@@ -34,8 +34,8 @@ def test_an_untrained_head_gives_the_frozen_heads_logits_exactly(form):
     head = head_of(form, trained=False)
     hidden = torch.randn(3, 4, C, dtype=torch.float64)
     statistics = torch.randn(2, C, dtype=torch.float64)
-    frozen = LMHead(head.weight)(hidden, None)
-    assert torch.equal(head(hidden, head.factors(statistics), torch.tensor([0, 1, 0])), frozen)
+    frozen = LMHead(head.weight)(hidden)
+    assert torch.equal(head(hidden, head.updates(statistics), torch.tensor([0, 1, 0])), frozen)
 
 
 @pytest.mark.parametrize("form", ["full", "light"])
@@ -43,7 +43,7 @@ def test_the_first_step_moves_it_whatever_the_statistic(form):
     head = head_of(form, trained=False)
     head.weight.requires_grad_(False)
     hidden = torch.randn(3, 4, C, dtype=torch.float64)
-    logits = head(hidden, head.factors(torch.randn(1, C, dtype=torch.float64)))
+    logits = head(hidden, head.updates(torch.randn(1, C, dtype=torch.float64)))
     logits.logsumexp(-1).sum().backward()
     assert head.hypernetwork.layers[-1].weight.grad.abs().sum() > 0
 
@@ -54,7 +54,7 @@ def test_the_factored_update_equals_a_dense_one_made_for_each_row(form):
     hidden = torch.randn(5, 4, C, dtype=torch.float64)
     statistics = torch.randn(3, C, dtype=torch.float64)
     cluster = torch.tensor([2, 0, 0, 1, 2])
-    logits = head(hidden, head.factors(statistics), cluster)
+    logits = head(hidden, head.updates(statistics), cluster)
     for row in range(5):
         out = head.hypernetwork((statistics[cluster[row]] - head.center) / head.spread)
         A, B = out[: r * C].view(r, C), out[r * C :].view(-1, r)
@@ -68,9 +68,9 @@ def test_a_mixed_batch_equals_its_clusters_one_by_one(form):
     head = head_of(form)
     hidden = torch.randn(6, 4, C, dtype=torch.float64)
     statistics, cluster = torch.randn(2, C, dtype=torch.float64), torch.tensor([0, 1] * 3)
-    logits = head(hidden, head.factors(statistics), cluster)
+    logits = head(hidden, head.updates(statistics), cluster)
     for k in range(2):
-        alone = head(hidden[cluster == k], head.factors(statistics[k : k + 1]))
+        alone = head(hidden[cluster == k], head.updates(statistics[k : k + 1]))
         torch.testing.assert_close(logits[cluster == k], alone)
 
 
@@ -83,9 +83,9 @@ def test_with_a_constant_output_it_is_lora():
         head.hypernetwork.layers[-1].bias.copy_(
             torch.cat([lora.lora_A.flatten(), lora.lora_B.flatten()]))
     hidden = torch.randn(3, 4, C, dtype=torch.float64)
-    factors = head.factors(torch.randn(2, C, dtype=torch.float64))
-    logits = head(hidden, factors, torch.tensor([0, 1, 1]))
-    torch.testing.assert_close(logits, lora(hidden, lora.factors()))
+    updates = head.updates(torch.randn(2, C, dtype=torch.float64))
+    logits = head(hidden, updates, torch.tensor([0, 1, 1]))
+    torch.testing.assert_close(logits, lora(hidden, lora.updates()))
 
 
 def test_an_unknown_form_is_refused():
@@ -130,7 +130,7 @@ def test_the_head_costs_no_dense_update_per_cluster():
 
     with Watch():
         head(torch.randn(4, 3, C, dtype=torch.float64),
-             head.factors(torch.randn(4, C, dtype=torch.float64)), torch.arange(4))
+             head.updates(torch.randn(4, C, dtype=torch.float64)), torch.arange(4))
     assert F.linear is original
     assert (4, 3, V) in shapes
     assert not any(shape[-2:] == (V, C) and len(shape) == 3 for shape in shapes)

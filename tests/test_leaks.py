@@ -8,9 +8,8 @@ import torch
 from common import Run, adapt
 from data import SPLITS, Corpus, Examples, Tokenizer, load_examples
 from flags import METHODS
-from hypernet import Prompts
 from model import GPT, GPTConfig
-from scoring import company, score
+from scoring import held_out_company, score
 
 V, T, N = 40, 16, 6
 RUN = Run(None, torch.device("cpu"), torch.float32)
@@ -27,7 +26,7 @@ def tiny_base():
 def trained(base, method, form="full", scope="prompt", examples=None):
     """A model whose adapters do something, and the plan that goes with it."""
     plan = {"method": method, "rank": 2, "alpha": 4.0, "head_form": form, "clusters": 2,
-            "stat_scope": scope, "cluster_size": 2, "seed": 0}
+            "stat_scope": scope, "cluster_size": 2, "seed": 0, "refresh": 3}
     if method == "frozen":
         return base, plan
     model = adapt(base, plan).eval()
@@ -35,8 +34,8 @@ def trained(base, method, form="full", scope="prompt", examples=None):
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.3)
     if model.lm_head.needs_statistics:
-        model.lm_head.fit_clusters(
-            Prompts(examples, base.transformer.wte, scope), torch.Generator().manual_seed(0))
+        prompts = model.lm_head.read(examples, base.transformer.wte)
+        model.lm_head.fit_clusters(prompts, 2, torch.Generator().manual_seed(0))
     return model, plan
 
 
@@ -49,8 +48,9 @@ def table(tokens):
 @torch.no_grad()
 def all_logits(model, plan, tokens, inference, control):
     examples = table(tokens)
-    context = company(RUN, model, examples, plan, inference, control)
-    return model(examples.batch(np.arange(N))[0], **context)
+    company = held_out_company(RUN, model, examples, plan, inference, control)
+    told = company.told(torch.arange(N)) if company else ()
+    return model(examples.batch(np.arange(N))[0], *told)
 
 
 def check_no_leak(method, form="full", scope="prompt", inference="fit", control=None):
@@ -69,7 +69,7 @@ def check_no_leak(method, form="full", scope="prompt", inference="fit", control=
             assert place == T or not torch.equal(before[row, place:], after[row, place:])
 
 
-CASES = [(method, "full") for method in METHODS] + [("chameleon", "light")]
+CASES = [(method, "full") for method in METHODS if method != "counts"] + [("chameleon", "light")]
 
 
 @pytest.mark.parametrize("method, form", CASES)
@@ -85,10 +85,34 @@ def test_the_controls_do_not_leak_either(control):
     check_no_leak("chameleon", control=control)
 
 
-@pytest.mark.parametrize("form", ["full", "light"])
-def test_full_scope_leaks_and_the_test_above_notices(form):
+@pytest.mark.parametrize("method, form", [*CASES[-2:], ("counts", "full")])
+def test_full_scope_leaks_and_the_test_above_notices(method, form):
     with pytest.raises(AssertionError):
-        check_no_leak("chameleon", form, scope="full")
+        check_no_leak(method, form, scope="full")
+
+
+@pytest.mark.parametrize("control", [None, "own prompt only", "shuffled", "constant"])
+def test_counts_of_prompts_do_not_leak(control):
+    check_no_leak("counts", control=control)
+
+
+@pytest.mark.parametrize("control", [None, "own prompt only", "shuffled"])
+def test_running_counts_move_only_logits_that_are_made_later(control):
+    """The continuations of a cluster are decoded in step: a token may move its mates' logits, and
+    its own row's, from the next position on."""
+    base, tokens = tiny_base(), np.random.default_rng(0).integers(0, V, (N, T + 1))
+    model, plan = trained(base, "counts", scope="running", examples=table(tokens))
+    before = all_logits(model, plan, tokens, "fit", control)
+    mates = 0
+    for row in range(N):
+        for place in range(T // 4, T + 1):
+            changed = tokens.copy()
+            changed[row, place] = (changed[row, place] + 1) % V
+            after = all_logits(model, plan, changed, "fit", control)
+            assert torch.equal(before[:, :place], after[:, :place]), (row, place)
+            others = [i for i in range(N) if i != row]
+            mates += not torch.equal(before[others, place:], after[others, place:])
+    assert (mates > 0) == (control != "own prompt only")
 
 
 def test_another_prompt_does_matter():
@@ -122,9 +146,9 @@ def test_an_edited_word_moves_no_score_of_another_row(method, form, scope, tmp_p
         base = GPT(GPTConfig(T, tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=8)).eval()
         model, plan = trained(base, method, form, scope, found)
         plan["cluster_size"] = 5
-        context = company(RUN, model, found, plan, "fit")
+        company = held_out_company(RUN, model, found, plan, "fit")
         rows, _ = found.rows(np.arange(len(found)))
-        return score(RUN, model, found, 4, **context)[0], rows, found.prompt
+        return score(RUN, model, found, 4, company)[0], rows, found.prompt
 
     before, rows, prompt = losses()
     text = (folder / "validation.txt").read_text()

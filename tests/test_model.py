@@ -150,7 +150,7 @@ def test_lora_equals_the_dense_update():
     head = LoRAHead(torch.randn(11, 5).double(), rank=2, alpha=3.0).double()
     torch.nn.init.normal_(head.lora_B)
     dense = head.weight + 3.0 / 2 * head.lora_B @ head.lora_A
-    torch.testing.assert_close(head(x[None], head.factors()), x[None] @ dense.T)
+    torch.testing.assert_close(head(x[None], head.updates()), x[None] @ dense.T)
 
 
 def test_merge_and_unmerge_are_idempotent_and_leave_the_tied_head_alone():
@@ -217,12 +217,12 @@ def test_a_cache_filled_in_parts_gives_the_hidden_states_of_the_whole(pad):
     assert cache[0].length == 12
 
 
-def test_a_bfloat16_transformer_generates_beside_a_float32_head_whose_factors_are_made_once():
+def test_a_bfloat16_transformer_generates_beside_a_float32_head_whose_updates_are_made_once():
     model = tiny(lora=True)
     model.lm_head = LoRAHead(model.transformer.wte.weight, rank=2, alpha=3.0)
     torch.nn.init.normal_(model.lm_head.lora_B)
-    made, factors = [], model.lm_head.factors
-    model.lm_head.factors = lambda statistics: made.append(1) or factors(statistics)
+    made, updates = [], model.lm_head.updates
+    model.lm_head.updates = lambda statistics: made.append(1) or updates(statistics)
     exact = generate(model, PROMPTS, 1)
     model.transformer.to(torch.bfloat16)
     found = generate(model, PROMPTS, 8)

@@ -19,10 +19,10 @@ import train
 from data import IGNORE, Examples
 from files import UserError
 from flags import METHODS
-from hypernet import ChameleonHead, Prompts
+from hypernet import ChameleonHead
 from model import GPT, GPTConfig, LMHead, LoRAHead
 from common import Run, adapt, read_records
-from scoring import company, linear_cross_entropy, losses, score
+from scoring import held_out_company, linear_cross_entropy, losses, score
 from train import learning_rate, shuffled
 
 # ------------------------------------------------------------------------------------- schedule
@@ -108,7 +108,7 @@ def test_losses_equal_cross_entropy_of_all_logits_and_so_do_their_gradients(
     statistics, cluster = torch.randn(2, C, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
     trained = [hidden, *(p for p in head.parameters() if p.requires_grad)]
     total, rows = losses(Fixed(head, hidden), targets, targets, statistics, cluster)
-    logits = head(hidden, head.factors(statistics), cluster)
+    logits = head(hidden, head.updates(statistics), cluster)
     each = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
     torch.testing.assert_close(rows, each.view(5, T).sum(dim=1).detach())
@@ -127,8 +127,10 @@ def test_the_hand_written_backward_passes_gradcheck(counts, monkeypatch):
                                         requires_grad=True) for shape in shapes)
     targets = torch.randint(11, (9,), generator=generator)
     torch.autograd.gradcheck(
-        lambda h, W, z, B: linear_cross_entropy(h, W, targets, z, B, counts)[0],
-        (hidden, weight, z, B))
+        lambda h, W, z, B, z1, B1: linear_cross_entropy(
+            h, W, targets, [(z, B), (z1, B1)], counts)[0],
+        (hidden, weight, z, B, z.detach().clone().requires_grad_(),
+         B[0].detach().clone().requires_grad_()))
     torch.autograd.gradcheck(
         lambda h, W: linear_cross_entropy(h, W, targets)[0], (hidden, weight))
 
@@ -163,15 +165,13 @@ def examples_of(lengths, prompts, seed=0):
 RUN = Run(None, torch.device("cpu"), torch.float32)
 
 
-def slow_score(model, examples, context, whole):
+def slow_score(model, examples, company, whole):
     """One row at a time, unpadded, one token at a time."""
     losses = []
     for i in range(len(examples)):
         row = torch.from_numpy(examples.tokens[examples.start[i] :][: examples.length[i]])
-        one = {}
-        if context:
-            one = {"statistics": context["statistics"], "cluster": context["cluster"][i : i + 1]}
-        log_p = model(row[None, :-1], **one)[0].log_softmax(-1)
+        told = company.told(torch.tensor([i])) if company else ()
+        log_p = model(row[None, :-1], *told)[0].log_softmax(-1)
         first = 1 if whole else examples.prompt[i]
         losses.append(-sum(log_p[t - 1, row[t]].item() for t in range(first, len(row))))
     return np.array(losses)
@@ -184,21 +184,23 @@ def test_scores_do_not_depend_on_batch_size_or_padding_and_equal_a_slow_loop(met
     torch.manual_seed(0)
     base = GPT(GPTConfig(T, V, n_layer=1, n_head=2, n_embd=C))
     plan = {"method": method, "rank": 2, "alpha": 4.0, "head_form": "full", "clusters": 2,
-            "stat_scope": "prompt", "cluster_size": 3, "seed": 0}
+            "stat_scope": "running" if method == "counts" else "prompt", "refresh": 2,
+            "cluster_size": 3, "seed": 0}
     model = base if method == "frozen" else adapt(base, plan)
     model.eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     examples = examples_of([13, 5, 2, 9, 13, 7, 4], [3, 1, 1, 8, 3, 2, 3])
-    context = {}
-    if method == "chameleon":
-        model.lm_head.fit_clusters(
-            Prompts(examples, base.transformer.wte), torch.Generator().manual_seed(0))
-        context = company(RUN, model, examples, plan, "fit")
-    expected = slow_score(model, examples, context, whole)
+    company = None
+    if method in ("chameleon", "counts"):
+        head = model.lm_head
+        head.fit_clusters(
+            head.read(examples, base.transformer.wte), 2, torch.Generator().manual_seed(0))
+        company = held_out_company(RUN, model, examples, plan, "fit")
+    expected = slow_score(model, examples, company, whole)
     first = 1 if whole else examples.prompt
     for batch_size in (1, 3, 100):
-        nll, counts = score(RUN, model, examples, batch_size, **context, whole=whole)
+        nll, counts = score(RUN, model, examples, batch_size, company, whole=whole)
         np.testing.assert_allclose(nll, expected, rtol=1e-4)
         assert np.array_equal(counts, examples.length - first)
 
@@ -211,18 +213,17 @@ def test_controls_change_the_statistics_and_nothing_else():
     model = adapt(base, plan)
     head = model.lm_head
     examples = examples_of([13] * 12, [3] * 12)
-    prompts = Prompts(examples, base.transformer.wte)
-    head.fit_clusters(prompts, torch.Generator().manual_seed(0))
-    found = {control: company(RUN, model, examples, plan, "fit", control)
-             for control in (None, "own prompt only", "shuffled", "constant")}
-    real = found[None]["statistics"]
-    for control in ("shuffled", "constant"):
-        assert torch.equal(found[control]["cluster"], found[None]["cluster"])
-    own = found["own prompt only"]
-    torch.testing.assert_close(own["statistics"][own["cluster"]], prompts.mean)
-    assert sorted(found["shuffled"]["statistics"].tolist()) == sorted(real.tolist())
-    assert not (found["shuffled"]["statistics"] == real).all(dim=1).any()
-    assert torch.equal(found["constant"]["statistics"], head.center.expand_as(real))
+    prompts = head.read(examples, base.transformer.wte)
+    head.fit_clusters(prompts, 3, torch.Generator().manual_seed(0))
+    real, *controls = (
+        held_out_company(RUN, model, examples, plan, "fit", control).told(torch.arange(12))
+        for control in (None, "own prompt only", "shuffled", "constant"))
+    own, shuffled, constant = controls
+    assert torch.equal(shuffled[1], real[1]) and torch.equal(constant[1], real[1])
+    torch.testing.assert_close(own[0][own[1]], prompts.mean)
+    assert sorted(shuffled[0].tolist()) == sorted(real[0].tolist())
+    assert not (shuffled[0] == real[0]).all(dim=1).any()
+    assert torch.equal(constant[0], head.center.expand_as(real[0]))
 
 
 # --------------------------------------------------------------------------- interrupt and resume
