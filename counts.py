@@ -116,8 +116,10 @@ class CountsHead(LoRAHead):
             segment = offset.clamp(min=0) // self.refresh
         S = int(segment.max()) + 1 if segment.numel() else 1
         own = self.counts(examples, index, torch.arange(B), B, S)
-        company = self.counts(examples, members, group, K, S)[which]
-        statistics = torch.stack([own, company], dim=2).flatten(0, 1)  # (B S, 2, V)
+        company = torch.zeros_like(own)
+        if len(members):
+            company = self.counts(examples, members, group, K, S)[which]
+        statistics = torch.stack([own, company], dim=2).flatten(0, 1).float()  # (B S, 2, V)
         return statistics, torch.arange(B)[:, None] * S + segment
 
     def updates(self, statistics):

@@ -137,9 +137,7 @@ class Update(NamedTuple):
 
     def project(self, hidden):
         """The low-rank side, A h + bias: hidden (B, T, C) -> (B, T, r)."""
-        if self.A.dim() == 2:
-            return F.linear(hidden, self.A, self.bias)  # (B, T, C) @ (C, r) -> (B, T, r)
-        z = torch.bmm(hidden, self.A.mT)  # (B, T, C) @ (B, C, r) -> (B, T, r)
+        z = hidden @ self.A.mT  # (B, T, C) @ (C, r) or (B, C, r) -> (B, T, r)
         return z if self.bias is None else z + self.bias
 
 

@@ -27,9 +27,10 @@ def test_a_run_leaves_what_the_readme_promises_and_scores_add_up(run, capsys):
     folder, _ = run
     entries = eval.main([str(folder)])
     names = {entry["name"] for entry in entries}
-    assert names == {"frozen", "lora", "chameleon", "chameleon, own prompt only",
-                     "chameleon, shuffled", "chameleon, constant"}
-    assert len(entries) == 1 + 2 * 5  # two seeds
+    controls = {f"{method}, {control}" for method in ("chameleon", "counts")
+                for control in ("own prompt only", "shuffled", "constant")}
+    assert names == {"frozen", "lora", "chameleon", "counts", *controls}
+    assert len(entries) == 1 + 2 * 9  # two seeds
 
     saved = json.loads((folder / "results.json").read_text())
     assert saved["entries"] == json.loads(json.dumps(entries))
@@ -43,13 +44,13 @@ def test_a_run_leaves_what_the_readme_promises_and_scores_add_up(run, capsys):
             assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
             assert found["loss"] < 0.7 * math.log(vocabulary)
     by_name = {(entry["name"], entry["seed"]): entry for entry in entries}
-    for method in ("lora", "chameleon"):
+    for method in ("lora", "chameleon", "counts"):
         for seed in (0, 1):
             path = folder / "adapters" / f"{method}-seed{seed}.safetensors"
             entry, tensors = by_name[method, seed], read_tensors(path)[0]
             assert entry["bytes"] == path.stat().st_size
             trained = sum(t.numel() for name, t in tensors.items()
-                          if "lora_" in name or "hypernetwork" in name)
+                          if any(part in name for part in ("lora_", "hyper", "gate", "mass")))
             assert entry["parameters"] == trained
             assert not any("wte" in name for name in tensors)  # adapter weights only
             # eval.py finds what training found, at its best evaluation
@@ -58,7 +59,7 @@ def test_a_run_leaves_what_the_readme_promises_and_scores_add_up(run, capsys):
             assert entry["validation"]["loss"] == pytest.approx(best, rel=1e-6)
 
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(records) == 3 * (1 + 2 * 2)
+    assert len(records) == 3 * (1 + 2 * 3)
     assert all(list(r) == ["method", "seed", "step", "tokens", "split", "nll_sum", "n_tokens",
                            "loss"] for r in records)
     table = (folder / "results.md").read_text()
