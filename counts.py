@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cluster import kmeans
+from files import UserError
 from hypernet import product_type, table
 from model import LoRAHead, Update
 
@@ -67,6 +68,8 @@ class CountsHead(LoRAHead):
 
     def group(self, examples, k, generator):
         """Cluster (N,) by k-means on tf-idf vectors, each first drawn towards its neighbours."""
+        if k is None:
+            raise UserError("--inference assign: counts keeps no centroids to assign to; use fit")
         V, idf = len(self.idf), self.idf.cpu()
         features = table(len(examples), V)
         for rows in torch.arange(len(examples)).split(1024):

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from files import UserError, run_cli, write_json, write_text
-from flags import eval_parser
+from flags import METHODS, eval_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
     run_cli(eval_parser().parse_args)
@@ -90,10 +90,10 @@ def score_run(run, args):
 
 
 def adapter_paths(folder):
-    """Best checkpoints of a run's adapters, LoRA first, those of one method side by side."""
+    """Best checkpoints of a run's adapters, those of one method side by side."""
     paths = [p for p in (folder / "adapters").glob("*.safetensors")
              if not p.name.endswith((".last.safetensors", ".state.safetensors"))]
-    return sorted(paths, key=lambda p: (p.name.startswith("chameleon"), p.name))
+    return sorted(paths, key=lambda p: (METHODS.index(p.name.split("-seed")[0]), p.name))
 
 
 # --------------------------------------------------------------------------------------- table
@@ -248,14 +248,16 @@ def continue_prompts(run, config, args):
     company = held_out_company(  # rows that are all prompt
         run, model, Examples(np.concatenate(prompts), length.cumsum() - length, length, length,
                         np.arange(len(length))), plan, args.inference or plan.get("inference"))
-    requests = company.told(torch.arange(len(prompts))) if company else ()
+    requests = {}
+    if company:
+        statistics, cluster = company.told(torch.arange(len(prompts)))
+        cluster = cluster if cluster.dim() == 1 else cluster[:, -1]
+        requests = {"statistics": statistics.to(run.device), "cluster": cluster.to(run.device)}
     merge_lora(model)
     model.transformer.to(run.dtype)  # once: autocast would convert each weight for each token
     continuations = generate(
         model, prompts, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-        stop_token=run.tokenizer.end,
-        **{name: told.to(run.device)
-           for name, told in zip(("statistics", "cluster"), requests, strict=False)},
+        stop_token=run.tokenizer.end, **requests,
         generator=torch.Generator(run.device).manual_seed(args.seed))
     groups = company.cluster.tolist() if company else [0] * len(texts)
     for group in sorted(set(groups)):

@@ -109,6 +109,7 @@ def test_full_scope_says_that_it_leaks(arguments, tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--method", "lora"], ["--method", "frozen"],
+                                     ["--method", "counts"],
                                      ["--inference", "assign", "--seed", "1"]])
 def test_prompts_are_clustered_and_continued(run, tmp_path, capsys, options):
     folder, _ = run
