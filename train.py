@@ -375,7 +375,8 @@ def adapter_plan(run, args, method, seed):
     if method in ("chameleon", "counts"):
         size = args.cluster_size or (args.batch_size if method == "chameleon" else 12)
         scope = args.stat_scope or ("prompt" if method == "chameleon" else "running")
-        plan |= {"clusters": -(-N // size), "cluster_size": size, "stat_scope": scope,
+        k = -(-N // size)
+        plan |= {"clusters": k, "cluster_size": N / k, "stat_scope": scope,
                  "inference": args.inference}
         plan |= ({"head_form": args.head_form} if method == "chameleon" else
                  {"refresh": args.refresh})
