@@ -41,7 +41,7 @@ def scaling(b, out):
 
         def step():
             with autocast(b, b.dtype):
-                linear_cross_entropy(hidden, weight, targets, z, B)[0].backward()
+                linear_cross_entropy(hidden, weight, targets, [(z, B)])[0].backward()
         return step
 
     def whole_step(T):

@@ -357,7 +357,8 @@ def bench_head(b):
     targets = torch.randint(V, (n,), device=b.device)
 
     def ours(_, hidden, weight, z=None, B=None):
-        return linear_cross_entropy(hidden, weight, targets, z, B)[0]
+        updates = [] if z is None else [(z, B)]
+        return linear_cross_entropy(hidden, weight, targets, updates)[0]
 
     def materialised(_, hidden, weight, z=None, B=None):
         logits = F.linear(hidden, weight)
@@ -420,7 +421,7 @@ def bench_prepare(b):
             prompts = Prompts(examples["train"], wte)
             head = ChameleonHead(wte.weight, 4, 8.0, n_clusters=max(1, len(prompts.mean) // 32))
             with autocast(b, b.dtype):
-                head.fit_clusters(prompts, torch.Generator().manual_seed(0))
+                head.fit_clusters(prompts, len(head.centroids), torch.Generator().manual_seed(0))
             says[True] = (f"all three splits; {len(prompts.mean):,} rows in "
                             f"{len(head.centroids):,} clusters, k-means until it stops")
 
@@ -498,13 +499,15 @@ def bench_decode(b):
 
         def company(head=chameleon.lm_head, wte=chameleon.transformer.wte, requests=requests):
             generator = torch.Generator().manual_seed(0)
-            cluster, made = head.group(Prompts(requests, wte), B // 4, generator)
-            return {"statistics": made.to(b.device), "cluster": cluster.to(b.device)}
+            prompts = head.read(requests, wte)
+            cluster = head.group(prompts, B // 4, generator)
+            statistics = prompts.statistics(cluster)
+            return {"statistics": statistics.to(b.device), "cluster": cluster.to(b.device)}
 
         @torch.no_grad()
         def adaptation(head=chameleon.lm_head, company=company):
             with autocast(b, b.dtype):
-                head.factors(company()["statistics"])
+                head.updates(company()["statistics"])
 
         def requested(model=chameleon, company=company, tokens=tokens):
             with autocast(b, b.dtype):
