@@ -129,8 +129,9 @@ def make_notes(run, config, entries):
         f"parameters, {n_seeds} seed{'s' * (n_seeds != 1)}"
         f"{' (± is the standard deviation)' * (n_seeds > 1)}. Losses in nats per scored "
         f"token: {tokens['validation']['n_tokens']:,} of validation, "
-        f"{tokens['test']['n_tokens']:,} of test, the same for every method. Chameleon's depend "
-        f"on the company an example keeps; the rows under it are controls with the same weights. "
+        f"{tokens['test']['n_tokens']:,} of test, the same for every method. Chameleon's and "
+        f"counts' depend on the company an example keeps; 'own prompt only', 'shuffled' and "
+        f"'constant' are controls with the same weights. "
         f"tokens/s: scoring, clustering included, on {run.device} in "
         f"{str(run.dtype).removeprefix('torch.')}.\n"
     )

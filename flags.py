@@ -168,6 +168,11 @@ def parse_train(argv):
                 )
     elif args.resume:
         raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
+    if "chameleon" in args.methods and args.stat_scope == "running":
+        raise UserError("--stat-scope running: only counts can; leave chameleon out of --methods")
+    if "counts" in args.methods and args.inference == "assign":
+        raise UserError("--inference assign: counts keeps no centroids to assign to; leave it out "
+                        "of --methods")
     return args, config
 
 

@@ -378,13 +378,10 @@ def adapter_plan(run, args, method, seed):
         k = -(-N // size)
         plan |= {"clusters": k, "cluster_size": N / k, "stat_scope": scope,
                  "inference": args.inference}
-        plan |= ({"head_form": args.head_form} if method == "chameleon" else
-                 {"refresh": args.refresh})
-        if method == "chameleon" and scope == "running":
-            raise UserError("--stat-scope running: chameleon has none, only counts")
-        if method == "counts" and args.inference == "assign":
-            raise UserError("--inference assign: counts keeps no centroids; leave it out of "
-                            "--methods")
+        if method == "chameleon":
+            plan["head_form"] = args.head_form
+        else:
+            plan["refresh"] = args.refresh
     return plan
 
 

@@ -99,7 +99,7 @@ def test_an_adapter_of_another_base_is_refused(run, tmp_path):
 
 
 def test_full_scope_says_that_it_leaks(arguments, tmp_path):
-    folder = train.main([*arguments, "--methods", "chameleon", "--stat-scope", "full",
+    folder = train.main([*arguments, "--methods", "frozen,chameleon", "--stat-scope", "full",
                          "--inference", "assign", "--head-form", "light"])
     names = [entry["name"] for entry in eval.main([str(folder)])]
     assert all("LEAKS" in name for name in names if name != "frozen")

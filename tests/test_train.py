@@ -332,6 +332,8 @@ def test_killed_between_a_record_and_its_checkpoint_no_record_is_doubled(
     (["--vocab-size", "100"], "--vocab-size"), (["--block-size", "100000"], "--block-size"),
     (["--base", "nowhere.safetensors"], "nowhere.safetensors"), (["--no-such-flag"], "no-such"),
     (["--resume"], "holds no run"), (["--device", "mps"], "--device mps"),
+    (["--stat-scope", "running"], "leave chameleon out"),
+    (["--inference", "assign"], "keeps no centroids"),
 ])
 def test_bad_arguments_are_told_in_one_line(flags, said, arguments, tmp_path):
     with pytest.raises(UserError) as error:
