@@ -254,7 +254,7 @@ def uninterrupted(arguments, tmp_path):
     return contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("state", range(1, 10))  # 3 evaluations of each of base, lora, chameleon
+@pytest.mark.parametrize("state", range(1, 13))  # 3 of each of base, lora, chameleon, counts
 def test_interrupted_after_any_evaluation_and_resumed_a_run_ends_the_same(
     state, arguments, uninterrupted, tmp_path, monkeypatch
 ):
