@@ -183,7 +183,7 @@ def shape(b, name):
 
 def adapted(base, method):
     model = adapt(base, {"method": method, "rank": 4, "alpha": 8.0, "head_form": "full",
-                         "clusters": 1})
+                         "clusters": 1, "stat_scope": "prompt"})
     if method == "chameleon":
         model.lm_head.spread.fill_(1.0)
     return model
