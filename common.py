@@ -9,19 +9,21 @@ import os
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from baselines import CacheHead, MaskedHead, PerSampleHead, PromptTuningHead, ScaledHead
 from counts import CountsHead
 from data import Corpus, Tokenizer
-from files import UserError, read_tensors
+from files import UserError, read_tensors, whole_file
 from flags import remembered
 from hypernet import ChameleonHead
-from model import GPT, GPTConfig, LoRAHead, add_lora
+from model import GPT, GPTConfig, HeadAlone, LoRAHead, add_lora
 
 # -------------------------------------------------------------------------------------- device
 
@@ -153,16 +155,15 @@ class Run:
     tokenizer: Tokenizer | None = None
     examples: dict | None = None  # split -> Examples
     base: GPT | None = None
+    trunk: str | None = None  # fingerprint of the transformer that heads share, see `share_trunk`
+    shared: dict | None = None  # split -> Examples with its states
     rank: int = 0  # of this process, among `world`
     world: int = 1
 
     @functools.cached_property
     def base_fingerprint(self):
         """Adapters remember it: they fit no other base."""
-        digest = hashlib.sha256(json.dumps(asdict(self.base.config)).encode())
-        for _, p in sorted(self.base.named_parameters()):
-            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        return tensors_digest(dict(self.base.named_parameters()), asdict(self.base.config))
 
     @property
     def autocast(self):
@@ -193,6 +194,13 @@ class Run:
         yield
         if self.world > 1 and not self.rank:
             dist.barrier()
+
+
+def tensors_digest(tensors, config=None):
+    digest = hashlib.sha256(json.dumps(config).encode())
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def weights(model):
@@ -232,26 +240,107 @@ def load_base(path, device, tokenizer):
 
 def label(plan):
     """What a training is called in logs, tables and figures; a leak is never left unsaid."""
-    return plan["method"] + (" (LEAKS: full scope)" if plan.get("stat_scope") == "full" else "")
+    name = plan["method"] + (f", trained on {plan['told']}" if plan.get("told") else "")
+    return name + (" (LEAKS: full scope)" if plan.get("stat_scope") == "full" else "")
 
 
 def adapt(base, plan):
-    """A copy of the frozen base with untrained adapters: its logits are still the base's."""
+    """The frozen base with untrained adapters, a copy; with a shared trunk the head alone."""
+    if plan.get("trunk"):
+        return HeadAlone(base.config, make_head(base.transformer.wte.weight, plan))
     model = copy.deepcopy(base).requires_grad_(False)
-    add_lora(model, plan["rank"], plan["alpha"])
-    head = model.transformer.wte.weight, plan["rank"], plan["alpha"]
-    if plan["method"] == "lora":
-        model.lm_head = LoRAHead(*head)
-    elif plan["method"] == "counts":
-        model.lm_head = CountsHead(*head, plan["stat_scope"], plan["refresh"])
-    else:
-        model.lm_head = ChameleonHead(
-            *head, plan["head_form"], plan["clusters"], plan["stat_scope"])
+    if plan["method"] != "cache":  # it stands on the frozen base
+        add_lora(model, plan["rank"], plan["alpha"])
+    model.lm_head = make_head(model.transformer.wte.weight, plan)
     return model
 
 
-def adapter_path(run, method, seed):
-    return run.folder / "adapters" / f"{method}-seed{seed}.safetensors"
+def make_head(weight, plan):
+    """A method's untrained head: its logits are the frozen head's (but for cache's)."""
+    factors = weight, plan["rank"], plan["alpha"]
+    told = {"n_clusters": plan.get("clusters", 1), "scope": plan.get("stat_scope")}
+    match plan["method"]:
+        case "lora" | "lora-match":
+            return LoRAHead(*factors)
+        case "chameleon":
+            return ChameleonHead(*factors, plan["head_form"], **told)
+        case "counts":
+            return CountsHead(*factors, plan["stat_scope"], plan["refresh"])
+        case "per-sample":
+            return PerSampleHead(*factors, plan["head_form"], **told)
+        case "scaled":
+            return ScaledHead(*factors, **told)
+        case "masks" | "masks-alone":
+            kind = "joint" if plan["method"] == "masks" else "individual"
+            return MaskedHead(*factors, kind, **told)
+        case "library" | "library-blend":
+            return MaskedHead(*factors, "library", plan["method"] == "library-blend", **told)
+        case "prompt-tuning":
+            return PromptTuningHead(weight, **told)
+        case "cache":
+            return CacheHead(weight)
+
+
+ADAPTERS = {"joint": "adapters", "shared": "shared"}  # where --trunk joint or shared keeps them
+
+
+def adapter_path(run, method, seed, trunk="joint"):
+    return run.folder / ADAPTERS[trunk] / f"{method}-seed{seed}.safetensors"
+
+
+def load_adapter(run, path):
+    """The base with the adapter in `path` on it, and the plan that trained it."""
+    tensors, plan = read_plan(path, "adapter")
+    if plan["base"] != run.base_fingerprint:
+        raise UserError(f"{path} was trained on another base than {run.folder}/base.safetensors")
+    if plan.get("trunk") != (run.trunk if plan.get("trunk") else None):
+        raise UserError(f"{path} was trained on another trunk than "
+                        f"{adapter_path(run, 'lora', 0)}; delete one of them")
+    model = adapt(run.base, plan)
+    load_weights(model, tensors, path)
+    return model.eval(), plan
+
+
+def share_trunk(run):
+    """Have heads read the states of one LoRA-adapted transformer: that of `lora`, seed 0.
+
+    It is run once; its last hidden states lie in the run's cache, in the type that products are
+    made in, so that nothing is lost.
+    """
+    path = adapter_path(run, "lora", 0)
+    if not path.with_suffix(".last.safetensors").exists():
+        raise UserError(f"--trunk shared: heads share the transformer of {path}, which does not "
+                        f"exist; train it first with --methods lora --trunk joint")
+    model = load_adapter(run, path)[0]
+    adapted = {name: p for name, p in model.named_parameters() if not name.startswith("lm_head")}
+    run.trunk = tensors_digest(adapted)
+    run.shared = {}
+    with run.first_goes_ahead():
+        for split, examples in run.examples.items():
+            kind = str(run.dtype).removeprefix("torch.")
+            file = run.folder / "cache" / f"{split}-{run.trunk}.{kind}"
+            shape = len(examples.tokens), run.base.config.n_embd
+            if not file.exists():
+                with whole_file(file) as temporary:
+                    write_states(run, model, examples, mapped(temporary, shape, run.dtype, True))
+            states = mapped(file, shape, run.dtype, False)
+            run.shared[split] = replace(examples, states=states)
+
+
+def mapped(path, shape, dtype, shared):
+    size = shape[0] * shape[1]
+    return torch.from_file(str(path), shared=shared, size=size, dtype=dtype).view(shape)
+
+
+@torch.no_grad()
+def write_states(run, model, examples, states):
+    """Last hidden states of every token, (all tokens, C); the last of a row predicts nothing."""
+    for index in np.array_split(np.argsort(examples.length), -(-len(examples) // 64)):
+        tokens, real = examples.rows(index)
+        with run.autocast:
+            hidden = model.hidden(tokens[:, :-1].to(run.device))
+        known = real[:, 1:]  # (B, W - 1)
+        states[examples.places(index)[:, :-1][known]] = hidden.to(states.dtype).cpu()[known]
 
 
 def read_records(folder):

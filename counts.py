@@ -38,6 +38,7 @@ class CountsHead(LoRAHead):
     """
 
     needs_statistics, clustered_batches = True, False
+    controls = ("own prompt only", "shuffled", "constant", "other articles")
 
     def __init__(self, weight, rank, alpha, scope="running", refresh=16):
         super().__init__(weight, rank, alpha)

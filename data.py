@@ -407,6 +407,7 @@ class Examples:
     prompt: np.ndarray  # (N,), from 1 to length - 1
     article: np.ndarray  # (N,)
     dropped: int = 0  # documents whose prompt left no room for a continuation
+    states: torch.Tensor | None = None  # (all tokens, C), what `batch` gives in place of tokens
 
     def __len__(self):
         return len(self.start)
@@ -414,9 +415,8 @@ class Examples:
     def rows(self, index):
         """Tokens (B, W) of the rows `index` (B,), padded with 0 to the longest, and real (B, W)."""
         index = np.asarray(index)
-        place = np.arange(self.length[index].max())  # (W,)
-        real = place < self.length[index, None]  # (B, W)
-        rows = self.tokens[(self.start[index, None] + place) * real] * real
+        real = np.arange(self.length[index].max()) < self.length[index, None]  # (B, W)
+        rows = self.tokens[self.places(index).numpy()] * real
         return torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(real)
 
     def prompts(self, index, scope="prompt"):
@@ -434,6 +434,7 @@ class Examples:
     def batch(self, index, whole=False):
         """Inputs (B, W) and targets (B, W), which are IGNORE outside the continuation.
 
+        Inputs are tokens, or with `states` a transformer's last hidden states (B, W, C).
         targets[b, t] is the token after inputs[b, t]. `whole` scores the prompt as well (not its
         first token, which nothing predicts): how the base model is trained.
         """
@@ -441,7 +442,17 @@ class Examples:
         first = torch.ones(len(rows), 1) if whole else torch.from_numpy(
             self.prompt[np.asarray(index), None])
         scored = real & (torch.arange(rows.shape[1]) >= first)
-        return rows[:, :-1], rows.masked_fill(~scored, IGNORE)[:, 1:].contiguous()
+        inputs = rows[:, :-1]
+        if self.states is not None:
+            inputs = self.states[self.places(index)[:, :-1]]  # (B, W, C)
+        return inputs, rows.masked_fill(~scored, IGNORE)[:, 1:].contiguous()
+
+    def places(self, index):
+        """Where each token (B, W) of the rows `index` (B,) stands in `tokens`; padding's is 0."""
+        index = np.asarray(index)
+        place = np.arange(self.length[index].max())  # (W,)
+        real = place < self.length[index, None]  # (B, W)
+        return torch.from_numpy((self.start[index, None] + place) * real)
 
 
 def cut(tokens, documents, block_size):

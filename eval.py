@@ -14,8 +14,8 @@ import platform
 import time
 from pathlib import Path
 
-from files import UserError, run_cli, write_json, write_text
-from flags import METHODS, eval_parser
+from files import UserError, run_cli, whole_file, write_json, write_text
+from flags import CONTROLS, METHODS, eval_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
     run_cli(eval_parser().parse_args)
@@ -24,76 +24,116 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common import (adapt, adapter_path, choose_device, keep_freed_memory, label, load_weights,
-                    memory_advice, open_corpus, open_run, read_plan, read_records)
+from common import (ADAPTERS, adapter_path, choose_device, keep_freed_memory, label, load_adapter,
+                    memory_advice, open_corpus, open_run, read_records, share_trunk, wait)
 from data import RESPONSE, Examples, load_examples
-from model import generate, merge_lora
+from model import HeadAlone, generate, merge_lora
 from scoring import held_out_company, score, scored_bytes, summed
 
 
 # Okabe & Ito's palette: told apart by all kinds of colour vision, and in grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-CONTROLS = ("own prompt only", "shuffled", "constant")
+# Two-sided 95% points of Student's t distribution, by degrees of freedom.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+TITLES = {"joint": "Trained jointly with LoRA in the transformer",
+          "shared": "Heads alone, on one shared LoRA-adapted transformer"}
 
 
 # ------------------------------------------------------------------------------------- scoring
 
 
-def load_adapter(run, path):
-    """The base with the adapter in `path` on it, and the plan that trained it."""
-    tensors, plan = read_plan(path, "adapter")
-    if plan["base"] != run.base_fingerprint:
-        raise UserError(f"{path} was trained on another base than {run.folder}/base.safetensors")
-    model = adapt(run.base, plan)
-    load_weights(model, tensors, path)
-    return model.eval(), plan
-
-
 def score_model(run, model, plan, args, n_bytes, control=None):
-    """{split: {nll_sum, n_tokens, loss, perplexity, bits_per_byte}}, and tokens scored a second."""
-    result, seconds = {}, 0.0
+    """What an entry says of the splits, speed and latency, and the losses (N,) of each split."""
+    result, rows, seconds = {}, {}, 0.0
+    examples_of = run.shared if plan.get("trunk") else run.examples
     inference = args.inference or plan.get("inference")
     for split in ("validation", "test"):
-        examples = run.examples[split]
+        examples = examples_of[split]
         start = time.perf_counter()
         with memory_advice("lower --batch-size"):
             company = held_out_company(run, model, examples, plan, inference, control)
-            found = summed(*score(run, model, examples, args.batch_size, company))
+            rows[split], counts = score(run, model, examples, args.batch_size, company)
         seconds += time.perf_counter() - start
+        found = summed(rows[split], counts)
         result[split] = found | {
             "perplexity": math.exp(found["loss"]),
             "bits_per_byte": found["nll_sum"] / math.log(2) / n_bytes[split],
         }
     n_read = sum(int(run.examples[split].length.sum()) for split in result)
-    return result | {"speed": n_read / seconds}
+    return result | {"speed": n_read / seconds, "latency": latency(run, model, company)}, rows
+
+
+@torch.no_grad()
+def latency(run, model, company, batch_size=32):
+    """Seconds that the head takes for a token of each of 32 requests, its updates being made."""
+    head, width = model.lm_head, model.config.n_embd
+    if head.whole_logits:
+        return math.nan  # cache's grows with the row
+    hidden = torch.randn(batch_size, 1, width, device=run.device, dtype=run.dtype)
+    updates = head.updates() if company is None else []
+    if company is not None:
+        index = torch.arange(min(batch_size, len(company.cluster)))
+        statistics, cluster = company.told(index)
+        cluster = (cluster if cluster.dim() == 1 else cluster[:, -1]).to(run.device)
+        updates = [u.of(cluster) for u in head.updates(statistics.to(run.device))]
+        hidden = hidden[: len(index)]
+    updates = [u._replace(A=u.A.to(run.dtype), B=u.B.to(run.dtype)) for u in updates]
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        with run.autocast:
+            head(hidden, updates)
+        wait(run.device)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times)) / len(hidden)
 
 
 def score_run(run, args):
-    """One entry per adapter and control: what the table and results.json are made of."""
+    """One entry per adapter and control, for tables and results.json, and losses per example."""
     sizes = run.tokenizer.bytes_per_token()
     n_bytes = {split: scored_bytes(run.examples[split], sizes) for split in ("validation", "test")}
-    entries = [{"name": "frozen", "seed": 0, "parameters": 0, "bytes": 0,
-                **score_model(run, run.base, {}, args, n_bytes)}]
-    for path in adapter_paths(run.folder):
-        model, plan = load_adapter(run, path)
+    entries, losses = [], {}
+
+    def add(model, plan, control=None, path=None):
+        name = label(plan) + (f", {control}" if control else "")
+        finished = path is None or path.with_suffix(".last.safetensors").exists()
+        name += "" if finished else " (unfinished)"
+        trunk, seed = "shared" if plan.get("trunk") else "joint", plan.get("seed", 0)
+        found, rows = score_model(run, model, plan, args, n_bytes, control)
+        for split, nll in rows.items():
+            losses[f"{trunk}/{name}/{seed}/{split}"] = nll
+        print(f"{trunk}: {name}, seed {seed}: validation {found['validation']['loss']:.4f}, "
+              f"test {found['test']['loss']:.4f}")
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        finished = path.with_suffix(".last.safetensors").exists()
-        for control in (None, *CONTROLS) if model.lm_head.needs_statistics else (None,):
-            name = label(plan) + (f", {control}" if control else "")
-            name += "" if finished else " (unfinished)"
-            found = score_model(run, model, plan, args, n_bytes, control)
-            print(f"{name}, seed {plan['seed']}: validation {found['validation']['loss']:.4f}, "
-                  f"test {found['test']['loss']:.4f}")
-            entries.append({"name": name, "seed": plan["seed"], "parameters": parameters,
-                            "bytes": path.stat().st_size, **found})
-    return entries
+        entries.append({"name": name, "trunk": trunk, "seed": seed, "lr": plan.get("lr"),
+                        "parameters": parameters, "bytes": path.stat().st_size if path else 0,
+                        **found})
+
+    for trunk in ("joint", "shared"):
+        paths = adapter_paths(run.folder, trunk)
+        plan = {"method": "frozen", "trunk": run.trunk if trunk == "shared" else None}
+        if paths or trunk == "joint":
+            add(HeadAlone(run.base.config, run.base.lm_head) if plan["trunk"] else run.base, plan)
+        for path in paths:
+            model, plan = load_adapter(run, path)
+            controls = () if plan.get("told") else model.lm_head.controls
+            for control in (plan.get("told"), *controls):
+                if control != "other articles" or not args.instructions:
+                    add(model, plan, control, path)
+    return entries, losses
 
 
-def adapter_paths(folder):
+def adapter_paths(folder, trunk="joint"):
     """Best checkpoints of a run's adapters, those of one method side by side."""
-    paths = [p for p in (folder / "adapters").glob("*.safetensors")
+    paths = [p for p in (folder / ADAPTERS[trunk]).glob("*.safetensors")
              if not p.name.endswith((".last.safetensors", ".state.safetensors"))]
-    return sorted(paths, key=lambda p: (METHODS.index(p.name.split("-seed")[0]), p.name))
+
+    def rank(path):
+        method = path.name.split("-seed")[0]
+        told = [c for c in CONTROLS if method.endswith(f"-{c}")]
+        return METHODS.index(method.removesuffix(f"-{told[0]}") if told else method), path.name
+
+    return sorted(paths, key=rank)
 
 
 # --------------------------------------------------------------------------------------- table
@@ -105,18 +145,68 @@ def spread(values, digits):
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def make_table(entries):
-    """Markdown: one row per method, over its seeds."""
-    head = ("method", "trained parameters", "bytes on disk", "validation loss", "test loss",
-            "test perplexity", "test bits/byte", "tokens/s")
+def of_method(entries, name):
+    return {entry["seed"]: entry for entry in entries if entry["name"] == name}
+
+
+def difference(mine, theirs, losses, examples, split="test"):
+    """Loss of `mine` less that of `theirs`, entries by seed: mean, and two 95% intervals.
+
+    The first is Student's over paired seeds, for what training leaves to chance; the second is a
+    bootstrap over articles, for what the choice of texts does: tokens of one article are no
+    independent witnesses. None where there are no two seeds in common.
+    """
+    if not mine[0]["parameters"]:  # the frozen base, or trunk, is the same for every seed
+        mine = dict.fromkeys(theirs, mine[0])
+    pairs = [(mine[seed], theirs[seed]) for seed in theirs if seed in mine]
+    if len(pairs) < 2:
+        return None
+    d = np.array([a[split]["loss"] - b[split]["loss"] for a, b in pairs])
+    half = T95[min(len(d) - 1, 9)] * d.std(ddof=1) / math.sqrt(len(d))
+
+    def rows(entry):
+        return losses[f"{entry['trunk']}/{entry['name']}/{entry['seed']}/{split}"]
+
+    nll = np.mean([rows(a) - rows(b) for a, b in pairs], axis=0)  # (N,)
+    article = np.unique(examples.article, return_inverse=True)[1]
+    total = np.bincount(article, nll)
+    tokens = np.bincount(article, examples.length - examples.prompt)
+    drawn = np.random.default_rng(0).multinomial(
+        len(total), np.full(len(total), 1 / len(total)), size=2000)  # (2000, articles)
+    low, high = np.percentile((drawn @ total) / (drawn @ tokens), [2.5, 97.5])
+    return {"mean": d.mean(), "seeds": (d.mean() - half, d.mean() + half), "articles": (low, high)}
+
+
+def verdict(found):
+    low = min(found["seeds"][0], found["articles"][0])
+    high = max(found["seeds"][1], found["articles"][1])
+    return "gain" if high < 0 else "loss" if low > 0 else "-"
+
+
+def make_table(entries, losses, examples):
+    """Markdown: one row per method, over its seeds, and its difference to lora-match if it is
+    there."""
+    head = ["method", "trained parameters", "bytes on disk", "head, µs/token", "learning rate",
+            "validation loss", "test loss", "test perplexity", "test bits/byte"]
+    rival = of_method(entries, "lora-match")
+    if len(rival) > 1:
+        head += ["test loss less lora-match's", "95% over seeds", "95% over articles", ""]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for name in dict.fromkeys(entry["name"] for entry in entries):
-        same = [entry for entry in entries if entry["name"] == name]
-        cells = [name, f"{same[0]['parameters']:,}", f"{same[0]['bytes']:,}"]
+        mine = of_method(entries, name)
+        same = list(mine.values())
+        rates = sorted({f"{entry['lr']:g}" for entry in same if entry["lr"]})
+        cells = [name, f"{same[0]['parameters']:,}", f"{same[0]['bytes']:,}",
+                 f"{1e6 * np.median([entry['latency'] for entry in same]):.1f}", ", ".join(rates)]
         for split, key, digits in (("validation", "loss", 4), ("test", "loss", 4),
                                    ("test", "perplexity", 2), ("test", "bits_per_byte", 4)):
             cells.append(spread([entry[split][key] for entry in same], digits))
-        cells.append(f"{np.median([entry['speed'] for entry in same]):,.0f}")
+        if len(rival) > 1:
+            found = difference(mine, rival, losses, examples) if name != "lora-match" else None
+            cells += [""] * 4 if found is None else [
+                f"{found['mean']:+.4f}",
+                *(f"{found[of][0]:+.4f} to {found[of][1]:+.4f}" for of in ("seeds", "articles")),
+                verdict(found)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -129,11 +219,11 @@ def make_notes(run, config, entries):
         f"parameters, {n_seeds} seed{'s' * (n_seeds != 1)}"
         f"{' (± is the standard deviation)' * (n_seeds > 1)}. Losses in nats per scored "
         f"token: {tokens['validation']['n_tokens']:,} of validation, "
-        f"{tokens['test']['n_tokens']:,} of test, the same for every method. Chameleon's and "
-        f"counts' depend on the company an example keeps; 'own prompt only', 'shuffled' and "
-        f"'constant' are controls with the same weights. "
-        f"tokens/s: scoring, clustering included, on {run.device} in "
-        f"{str(run.dtype).removeprefix('torch.')}.\n"
+        f"{tokens['test']['n_tokens']:,} of test, the same for every method. Names after a comma "
+        f"are controls: the same weights, told something else in the cluster's place. A gain or a "
+        f"loss is what lies outside both intervals. Learning rates were chosen on validation where "
+        f"grid.json lists several. Head: time for a token of 32 requests, their updates being "
+        f"made, on {run.device} in {str(run.dtype).removeprefix('torch.')}.\n"
     )
 
 
@@ -161,6 +251,27 @@ def draw_losses(records, frozen, path):
     axes.set_xlabel("training tokens of the adapter (millions)")
     axes.set_ylabel("validation loss (nats per token)")
     axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def draw_costs(entries, path):
+    """Test loss against trained parameters: who is below and to the left of whom."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(entries[0]["test"]["loss"], color="0.4", linestyle="--", label="frozen")
+    names = [name for name in dict.fromkeys(entry["name"] for entry in entries[1:])
+             if not any(name.endswith(f", {control}") for control in CONTROLS)]
+    for i, name in enumerate(names):
+        mine = of_method(entries, name).values()
+        values = [entry["test"]["loss"] for entry in mine]
+        parameters = [entry["parameters"] for entry in mine][0]
+        axes.errorbar(parameters, np.mean(values), yerr=np.std(values), capsize=3, markersize=7,
+                      fmt="os^DvP*X<>dph"[i % 13], color=COLOURS[i % 7], label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters")
+    axes.set_ylabel("test loss (nats per token)")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
@@ -286,18 +397,34 @@ def main(argv=None):
         config["args"]["dataset"], args.data_dir or config["args"]["data_dir"], config)
     run.examples = load_examples(
         corpus, run.tokenizer, config["args"]["block_size"], folder / "cache")
-    entries = score_run(run, args)
-    table, notes = make_table(entries), make_notes(run, config, entries)
-    write_text(folder / "results.md", table + "\n" + notes)
+    if adapter_paths(folder, "shared"):
+        share_trunk(run)
+    args.instructions = config.get("instructions")
+    entries, losses = score_run(run, args)
+    test = run.examples["test"]
+    text = ""
+    for trunk, title in TITLES.items():
+        part = [entry for entry in entries if entry["trunk"] == trunk]
+        if part and (trunk == "shared" or len(part) > 1 or len(part) == len(entries)):
+            text += f"## {title}\n\n{make_table(part, losses, test)}\n"
+    text += make_notes(run, config, entries)
+    write_text(folder / "results.md", text)
     write_json(folder / "results.json", {
         "args": {key: value for key, value in config["args"].items() if key != "data_dir"},
         "data": config["data"], "torch": torch.__version__,
         "python": platform.python_version(), "machine": platform.machine(), "entries": entries,
     })
-    print("\n" + table + "\n" + notes)
-    records = [record for record in read_records(folder) if record["method"] != "base"]
-    draw_losses(records, entries[0]["validation"]["loss"], folder / "loss.png")
-    print(f"wrote {folder / 'loss.png'}")
+    with whole_file(folder / "losses.npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **losses)
+    print("\n" + text)
+    trunk = entries[-1]["trunk"] if not adapter_paths(folder) else "joint"
+    part = [entry for entry in entries if entry["trunk"] == trunk]
+    drawn = {(entry["name"], entry["lr"], trunk) for entry in part}
+    records = [r for r in read_records(folder) if (r["method"], r["lr"], r["trunk"]) in drawn]
+    draw_losses(records, part[0]["validation"]["loss"], folder / "loss.png")
+    part = [entry for entry in entries if entry["trunk"] == entries[-1]["trunk"]]
+    draw_costs(part, folder / "pareto.png")
+    print(f"wrote {folder / 'loss.png'} and {folder / 'pareto.png'}")
     chameleons = [path for path in adapter_paths(folder) if path.name.startswith("chameleon")]
     if chameleons and len(run.examples["validation"]) > 2:
         model, plan = load_adapter(run, chameleons[0])

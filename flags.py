@@ -7,7 +7,11 @@ from pathlib import Path
 from files import UserError, read_json
 
 SIZES = ("nano", "small", "gpt2")  # model.py has their shapes
-METHODS = ("frozen", "lora", "chameleon", "counts")
+METHODS = ("frozen", "lora", "lora-match", "chameleon", "counts", "per-sample", "scaled", "masks",
+           "masks-alone", "library", "library-blend", "prompt-tuning", "cache")
+DEFAULT_METHODS = "frozen,lora,chameleon,counts"
+TOLD_NOTHING = ("frozen", "lora", "lora-match", "cache")  # of a cluster
+CONTROLS = ("own prompt only", "shuffled", "constant", "other articles")  # in a cluster's place
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -61,6 +65,10 @@ def seeds(text):
     return sorted({number(int, 0)(part) for part in text.split(",")})
 
 
+def rates(text):
+    return list(dict.fromkeys(number(float, 1e-9, 100)(part) for part in text.split(",")))
+
+
 def train_parser():
     parser = Parser(
         "train.py",
@@ -72,8 +80,11 @@ def train_parser():
     add("--data-dir", default="data", help="where data sets are looked for, and kept when fetched")
     add("--out", help="run folder (default: runs/DATASET)")
     add("--resume", action="store_true", help="go on with what --out holds, with its settings")
-    add("--methods", type=listed(METHODS), default=",".join(METHODS), metavar="M,M",
-        help=f"any of {','.join(METHODS)}")
+    add("--methods", type=listed(METHODS), default=DEFAULT_METHODS, metavar="M,M",
+        help=f"any of {', '.join(METHODS)} (baselines.py)")
+    add("--trunk", choices=("joint", "shared"), default="joint", help="train each head together "
+        "with LoRA in the transformer (the paper's way), or heads alone, in a minute each, on the "
+        "kept states of one LoRA-adapted transformer: that of --methods lora, seed 0")
     add("--seeds", type=seeds, default="0", metavar="N,N", help="one adapter of each method per "
         "seed: initial values, batches, k-means; the base is always trained with seed 0")
     add("--base", default="scratch", help="scratch, or another run's base.safetensors")
@@ -97,7 +108,8 @@ def train_parser():
     add("--accumulate", type=number(int, 1), metavar="N", help="batches in a step, one after the "
         "other or on as many processes: as a batch N times as large, in the memory of one "
         "(default: the number of processes)")
-    add("--lr", type=number(float, 1e-9, 100), default=1e-3, help="adapters' peak learning rate")
+    add("--lr", type=rates, default="1e-3", metavar="R,R", help="adapters' peak learning rate; of "
+        "several, each method takes the one with the best validation loss, with its first seed")
     add("--epochs", type=number(float, 1e-9, 1e6), default=1.0, help="adapters' passes over data")
     add("--max-steps", type=number(int, 1), metavar="N", help="stop each training after N steps")
     add("--evaluations", type=number(int, 1), default=8, help="validations per training; one takes "
@@ -113,6 +125,8 @@ def train_parser():
         "tokens to be predicted and is there to show how much (default: running where possible)")
     add("--refresh", type=number(int, 1), default=16, metavar="N", help="tokens after which the "
         "running scope counts again")
+    add("--told", choices=CONTROLS[1:3], help="a control: train with the statistic of a wrong "
+        "cluster, or with one that says nothing")
     add("--inference", choices=("fit", "assign"), default="fit", help="cluster held-out requests "
         "by k-means among themselves, or (not counts) by the nearest training centroid")
     add("--device", default="auto", choices=DEVICES, help="auto is the first of cuda, mps, cpu "
@@ -168,8 +182,13 @@ def parse_train(argv):
                 )
     elif args.resume:
         raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
-    if "chameleon" in args.methods and args.stat_scope == "running":
-        raise UserError("--stat-scope running: only counts can; leave chameleon out of --methods")
+    others = [name for name in args.methods if name not in (*TOLD_NOTHING, "counts")]
+    if others and args.stat_scope == "running":
+        raise UserError(f"--stat-scope running: only counts can; leave {others[0]} out of "
+                        f"--methods")
+    if "prompt-tuning" in args.methods and args.trunk == "shared":
+        raise UserError("--trunk shared: prompt-tuning needs the transformer; leave it out of "
+                        "--methods")
     if "counts" in args.methods and args.inference == "assign":
         raise UserError("--inference assign: counts keeps no centroids to assign to; leave it out "
                         "of --methods")

@@ -42,58 +42,42 @@ def batch_statistics(embeddings, mask, cluster):
 class HyperNetwork(nn.Module):
     """C -> 64 -> 32 -> n_out with two ReLUs, as in the published code.
 
-    64 C + 64 + 64 * 32 + 32 + 33 n_out parameters: the output layer is nearly all of them.
+    64 C + 64 + 64 * 32 + 32 + 33 n_out parameters: the output layer is nearly all of them. Its
+    weights, which make the output depend on the statistic, start at zero and learn from the second
+    step on; its bias is `start` (n_out,), so that is what an untrained network writes.
     """
 
-    def __init__(self, n_in, n_out, hidden=(64, 32)):
+    def __init__(self, n_in, start, hidden=(64, 32)):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(n_in, hidden[0]),
             nn.ReLU(),
             nn.Linear(hidden[0], hidden[1]),
             nn.ReLU(),
-            nn.Linear(hidden[1], n_out),
+            nn.Linear(hidden[1], len(start)),
         )
+        nn.init.zeros_(self.layers[-1].weight)
+        self.layers[-1].bias.data.copy_(start)
 
     def forward(self, statistics):
         return self.layers(statistics)  # (K, C) -> (K, n_out)
 
 
-class ChameleonHead(LMHead):
-    """logits = W h + (alpha / rank) U(s) A(s) h, where s is the statistic of h's cluster.
-
-    form "full" (the paper's): U = B (V, r) is written out by the network, whose output layer has
-        33 r (C + V) parameters. With C = 768, V = 50,257 and r = 4 the network has 6,786,596, 33
-        times the 204,100 of LoRA on the head.
-    form "light": U = W P with P (C, r) written by the network, 33 r (2 C) parameters in its
-        output layer, whatever the vocabulary: 254,048 in all at the same sizes. It can
-        only move h within the space that W reads, W (h + scale P A h).
+class ClusteredHead(LMHead):
+    """A head that is told the mean embedding of the cluster that a request is in.
 
     `center` and `spread` (C,) standardise the statistic and `centroids` (K, C) are the training
     clusters; all three are measured on the training prompts and kept with the weights.
     """
 
     needs_statistics, clustered_batches = True, True
+    controls = ("own prompt only", "shuffled", "constant", "other articles")
 
-    def __init__(self, weight, rank, alpha, form="full", n_clusters=1, scope="prompt"):
+    def __init__(self, weight, n_clusters=1, scope="prompt"):
         super().__init__(weight)
-        V, C = weight.shape
-        if form not in ("full", "light"):
-            raise ValueError(f"form must be full or light, not {form}")
-        self.rank, self.scale, self.form, self.scope = rank, alpha / rank, form, scope
-        self.n_out = V if form == "full" else C  # rows of the second factor
-        self.hypernetwork = HyperNetwork(C, rank * (C + self.n_out))
-        self.hypernetwork.to(weight.device)
+        C, self.scope = weight.shape[1], scope
         for name, shape in (("center", (C,)), ("spread", (C,)), ("centroids", (n_clusters, C))):
             self.register_buffer(name, torch.zeros(shape, device=weight.device))
-        # Start as LoRA does: the last layer's bias is A, random, and B, zero; its weights, which
-        # make both depend on the statistic, are zero and learn from the second step on.
-        A, _ = lora_factors(C, self.n_out, rank, weight.device)
-        last = self.hypernetwork.layers[-1]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        with torch.no_grad():
-            last.bias[: A.numel()] = A.flatten()
 
     def read(self, examples, embedding):
         return Prompts(examples, embedding, self.scope)
@@ -137,10 +121,36 @@ class ChameleonHead(LMHead):
             return self.center.cpu().expand(int(which.max()) + 1, -1), which
         return prompts.statistics(group, members), which
 
+    def standardised(self, statistics):
+        return (statistics - self.center) / self.spread.clamp(min=1e-6)  # (K, C)
+
+
+class ChameleonHead(ClusteredHead):
+    """logits = W h + (alpha / rank) U(s) A(s) h, where s is the statistic of h's cluster.
+
+    form "full" (the paper's): U = B (V, r) is written out by the network, whose output layer has
+        33 r (C + V) parameters. With C = 768, V = 50,257 and r = 4 the network has 6,786,596, 33
+        times the 204,100 of LoRA on the head.
+    form "light": U = W P with P (C, r) written by the network, 33 r (2 C) parameters in its
+        output layer, whatever the vocabulary: 254,048 in all at the same sizes. It can
+        only move h within the space that W reads, W (h + scale P A h).
+    """
+
+    def __init__(self, weight, rank, alpha, form="full", n_clusters=1, scope="prompt"):
+        super().__init__(weight, n_clusters, scope)
+        V, C = weight.shape
+        if form not in ("full", "light"):
+            raise ValueError(f"form must be full or light, not {form}")
+        self.rank, self.scale, self.form = rank, alpha / rank, form
+        self.n_out = V if form == "full" else C  # rows of the second factor
+        # Start as LoRA does: A random and B zero, whatever the statistic.
+        A, _ = lora_factors(C, self.n_out, rank)
+        start = torch.cat([A.detach().flatten(), torch.zeros(rank * self.n_out)])
+        self.hypernetwork = HyperNetwork(C, start).to(weight.device)
+
     def updates(self, statistics):
         K, C = statistics.shape
-        standard = (statistics - self.center) / self.spread.clamp(min=1e-6)
-        out = self.hypernetwork(standard)  # (K, C) -> (K, r C + r V)
+        out = self.hypernetwork(self.standardised(statistics))  # (K, C) -> (K, r C + r V)
         A, B = out.split([self.rank * C, self.rank * self.n_out], dim=1)
         A, B = A.view(K, self.rank, C), B.view(K, self.n_out, self.rank)  # (K, r C), (K, V r)
         if self.form == "light":

@@ -15,7 +15,7 @@ Dimension key, for the whole project:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -148,11 +148,16 @@ class LMHead(nn.Module):
     may be made from statistics of the clusters.
     """
 
-    needs_statistics = False
+    needs_statistics = whole_logits = False
+    controls = ()  # what eval.py may tell it in place of its cluster, see `Company`
 
     def __init__(self, weight):
         super().__init__()
         self.weight = weight  # (V, C), the token embedding itself
+
+    def soft_prompts(self, statistics=None):
+        """Vectors (K, n, C) that the transformer reads before each cluster's tokens, or None."""
+        return None
 
     def updates(self, statistics=None):
         """A list of `Update`s, made once for any number of calls."""
@@ -220,11 +225,12 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def hidden(self, tokens, cache=None, pad=None):
+    def hidden(self, tokens, cache=None, pad=None, soft=None):
         """Last hidden states (B, T, C) of token ids (B, T).
 
         `cache` is a list of one `KVCache` per layer; tokens then continue what it holds. `pad`
         (B,) counts the padding tokens at the left of each sequence, which nothing attends to.
+        `soft` (B, n, C), without a cache, are vectors to read first, at no position.
         """
         T = tokens.shape[1]
         past = cache[0].length if cache else 0
@@ -238,14 +244,34 @@ class GPT(nn.Module):
             # Padding has no position, nor has what follows a full context: neither is read.
             position = (position - pad[:, None]).clamp(0, self.config.block_size - 1)  # (B, T)
         x = self.transformer.wte(tokens) + self.transformer.wpe(position)  # (B, T, C)
+        if soft is not None:
+            x = torch.cat([soft.to(x.dtype), x], dim=1)  # (B, n + T, C)
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cache[layer] if cache else None, mask)
-        return self.transformer.ln_f(x)
+        return self.transformer.ln_f(x[:, -T:])
 
     def forward(self, tokens, statistics=None, cluster=None):
         """Logits (B, T, V) of token ids (B, T); statistics (K, C) and cluster (B,) adapt them."""
-        return self.lm_head(self.hidden(tokens), self.lm_head.updates(statistics), cluster)
+        hidden = self.hidden(tokens, soft=soft_prompts(self.lm_head, statistics, cluster))
+        return self.lm_head(hidden, self.lm_head.updates(statistics), cluster)
+
+
+def soft_prompts(head, statistics, cluster):
+    """Each sequence's soft prompt vectors (B, n, C), for heads that write some, else None."""
+    soft = head.soft_prompts(statistics)
+    return soft if soft is None else soft[cluster]
+
+
+class HeadAlone(nn.Module):
+    """A model whose transformer has run already: in place of tokens it reads last hidden states."""
+
+    def __init__(self, config, lm_head):
+        super().__init__()
+        self.config, self.lm_head = replace(config, n_layer=0), lm_head
+
+    def hidden(self, states, soft=None):
+        return states  # (B, T, C)
 
 
 # ---------------------------------------------------------------------------------------- LoRA

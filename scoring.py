@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from data import IGNORE
+from model import soft_prompts
 
 LOGITS_BYTES = 1 << 26  # float32 logits that exist at one time; more tokens are taken in turns
 
@@ -102,9 +103,9 @@ def linear_cross_entropy(hidden, weight, targets, updates=(), counts=None):
 def losses(model, tokens, targets, statistics=None, cluster=None):
     """Negative log-likelihood of the scored targets, in nats: summed (), and of each row (B,).
 
-    tokens and targets (B, T), IGNORE where nothing is scored, statistics (K, ...) and cluster,
-    (B,) or (B, T), lie on the CPU, so that nothing here waits for the device. The sum can be
-    differentiated, the rows cannot.
+    tokens (B, T) are what the model reads; targets (B, T), IGNORE where nothing is scored,
+    statistics (K, ...) and cluster, (B,) or (B, T), lie on the CPU, so that nothing here waits for
+    the device. The sum can be differentiated, the rows cannot.
     """
     head, device = model.lm_head, model.lm_head.weight.device
 
@@ -113,8 +114,14 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
             return x if x is None else x.to(device)
         return x.pin_memory().to(device, non_blocking=True)  # unpinned, it would wait
 
-    hidden = model.hidden(send(tokens))
-    updates = head.updates(send(statistics))
+    told = send(statistics)
+    hidden = model.hidden(send(tokens), soft=soft_prompts(head, told, send(cluster)))
+    updates = head.updates(told)
+    if head.whole_logits:  # it is no sum of products
+        logits = head(hidden, updates, send(cluster)).flatten(0, 1)  # (B, T, V) -> (B T, V)
+        each = F.cross_entropy(logits, send(targets.flatten()), ignore_index=IGNORE,
+                               reduction="none")
+        return each.sum(), each.detach().view(targets.shape).sum(dim=1)
     place = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (n,) of B * T
     K, counts = max((len(update.B) for update in updates if update.B.dim() == 3), default=1), None
     if K > 1:  # tokens of a cluster side by side
@@ -176,10 +183,11 @@ class Company:
     """Who keeps whose company among N examples: what a head is told of them.
 
     head, prompts: see `read` and `told` of the head; cluster (N,). control: None, or what takes
-    the place of the cluster: "own prompt only", "shuffled" (another cluster) or "constant" (none).
+    the place of the cluster: "own prompt only", "shuffled" (another cluster), "constant" (none), or
+    "other articles" (the cluster without the rest of the example's own `article` (N,)).
     """
 
-    def __init__(self, head, prompts, cluster, control=None, generator=None):
+    def __init__(self, head, prompts, cluster, control=None, generator=None, article=None):
         if control == "own prompt only":
             cluster = torch.arange(len(cluster))
         self.head, self.prompts, self.cluster = head, prompts, cluster
@@ -190,9 +198,17 @@ class Company:
         elif control == "constant":
             members = [alone[:0] for alone in members]
         self.members = members
+        self.article = torch.from_numpy(article) if control == "other articles" else None
 
     def told(self, index):
         """Statistics and cluster of the rows `index` (B,), as `losses` takes them."""
+        if self.article is not None:  # no two rows may have the same company
+            which, members = torch.arange(len(index)), []
+            for i in index.tolist():
+                mates = self.members[self.cluster[i]]
+                members.append(mates[(self.article[mates] != self.article[i]) | (mates == i)])
+            group = torch.repeat_interleave(torch.tensor([len(own) for own in members]))
+            return self.head.told(self.prompts, index, which, torch.cat(members), group)
         used, which = self.cluster[index].unique(return_inverse=True)
         members = [self.members[k] for k in used.tolist()]
         group = torch.repeat_interleave(torch.tensor([len(own) for own in members]))
@@ -207,8 +223,8 @@ def held_out_company(run, model, examples, plan, inference, control=None):
     head = model.lm_head
     if not head.needs_statistics:
         return None
-    prompts = head.read(examples, model.transformer.wte)
-    k = max(1, round(len(examples) / plan["cluster_size"])) if inference == "fit" else None
+    prompts = head.read(examples, run.base.transformer.wte)
+    k = max(1, round(len(examples) / plan.get("cluster_size", 1))) if inference == "fit" else None
     generator = torch.Generator().manual_seed(plan["seed"])
 
     def group():
@@ -216,4 +232,4 @@ def held_out_company(run, model, examples, plan, inference, control=None):
             return head.group(prompts, k, generator)
 
     cluster = run.from_first(group)
-    return Company(head, prompts, cluster, control, generator)
+    return Company(head, prompts, cluster, control, generator, examples.article)

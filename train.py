@@ -13,6 +13,8 @@ A run folder holds
     base.safetensors                     the frozen base (best by validation loss)
     adapters/NAME.safetensors            an adapter's weights, best by validation loss
     adapters/NAME.last.safetensors       the same after its last step: the training has finished
+    shared/                              heads of --trunk shared, likewise
+    grid/, grid.json                     trainings that choose a learning rate, and what they reach
     *.state.safetensors                  an unfinished training: weights, optimizer, generators
     metrics.jsonl                        one record per evaluation
     cache/                               tokens, memory-mapped
@@ -28,8 +30,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from files import UserError, read_tensors, run_cli, write_json, write_tensors, write_text
-from flags import parse_train, train_parser
+from files import (UserError, read_json, read_tensors, run_cli, write_json, write_tensors,
+                   write_text)
+from flags import TOLD_NOTHING, parse_train, train_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
     run_cli(train_parser().parse_args)
@@ -43,7 +46,7 @@ from tqdm import tqdm
 from cluster import cluster_batches
 from common import (Run, adapt, adapter_path, choose_device, choose_dtype, join_processes,
                     keep_freed_memory, label, load_base, load_weights, matrix_rate, memory_advice,
-                    open_corpus, read_plan, read_records, wait, weights)
+                    open_corpus, read_plan, read_records, share_trunk, wait, weights)
 from data import IGNORE, Tokenizer, load_examples
 from model import GPT, SIZES, GPTConfig
 from scoring import Company, held_out_company, losses, score, scored_bytes, summed
@@ -82,12 +85,12 @@ def interruptible():
 def parameter_groups(model):
     """AdamW's groups. A base decays its matrices; adapters are small and decay nothing."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if any("lora_" in name for name, _ in trained):
+    if not model.lm_head.weight.requires_grad:
         groups = {
             "LoRA in the transformer": [p for n, p in trained if not n.startswith("lm_head")],
             f"{type(model.lm_head).__name__}": [p for n, p in trained if n.startswith("lm_head")],
         }
-        return [dict(name=n, params=ps, weight_decay=0.0) for n, ps in groups.items()]
+        return [dict(name=n, params=ps, weight_decay=0.0) for n, ps in groups.items() if ps]
     return [
         dict(name="matrices", params=[p for _, p in trained if p.dim() > 1], weight_decay=0.1),
         dict(name="biases and norms", params=[p for _, p in trained if p.dim() == 1],
@@ -102,16 +105,16 @@ def flops_per_token(model, scored):
     its weights; an adapter's own matrices are too small to count. scored: the share of tokens
     that need logits.
     """
-    config, passes = model.config, 3 if model.transformer.wte.weight.requires_grad else 2
+    config, passes = model.config, 3 if model.lm_head.weight.requires_grad else 2
     weights = 12 * config.n_layer * config.n_embd**2 + scored * config.vocab_size * config.n_embd
     attention = 2 * config.n_layer * config.block_size * config.n_embd  # half of it is masked
     return 2 * weights * passes + 3 * attention
 
 
-def drop_records(folder, method, seed, after):
+def drop_records(folder, training, after):
     """Remove the records of a training that a resumed run is about to write again."""
     kept = [r for r in read_records(folder)
-            if (r["method"], r["seed"]) != (method, seed) or r["step"] <= after]
+            if training.items() - r.items() or r["step"] <= after]
     write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
 
@@ -205,8 +208,10 @@ def fit(run, path, model, plan, batches, load, n_scored, evaluate):
     objective = Objective(run, model)
     if run.world > 1:
         objective = DistributedDataParallel(objective, forward_sync_buffers=False)
+    training = {"method": label(plan), "seed": plan["seed"], "lr": plan["lr"],
+                "trunk": "shared" if plan.get("trunk") else "joint"}
     if run.rank == 0:
-        drop_records(run.folder, label(plan), plan["seed"], done["step"])
+        drop_records(run.folder, training, done["step"])
     evaluate_at = {round(total * (i + 1) / plan["evaluations"]) for i in range(plan["evaluations"])}
     steps = upcoming(run, plan, done["step"], batches, load, n_scored)
     if run.device.type != "cpu":  # a CPU has nothing better to do meanwhile
@@ -250,8 +255,8 @@ def fit(run, path, model, plan, batches, load, n_scored, evaluate):
                 if not math.isfinite(result["loss"]):
                     raise UserError(f"{name}: the loss is {result['loss']} at step {done['step']}; "
                                     f"lower --lr (for the base --base-lr, with another --out)")
-                record = {"method": label(plan), "seed": plan["seed"], "step": done["step"],
-                          "tokens": done["tokens"], "split": "validation", **result}
+                record = {**training, "step": done["step"], "tokens": done["tokens"],
+                          "split": "validation", **result}
                 if run.rank == 0:
                     with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps(record) + "\n")
@@ -364,44 +369,92 @@ def compile_blocks(model):
         block.compile()
 
 
-def adapter_plan(run, args, method, seed):
+def adapter_plan(run, args, method, seed, lr):
     """Everything that shapes an adapter's training, as its file will remember it."""
     N = len(run.examples["train"])
     plan = {
         "method": method, "seed": seed, "base": run.base_fingerprint, "rank": args.rank,
-        "alpha": args.alpha, "lr": args.lr, "batch_size": args.batch_size,
+        "alpha": args.alpha, "lr": lr, "batch_size": args.batch_size,
         **plan_steps(N, args.batch_size, args.epochs, args),
     }
-    if method in ("chameleon", "counts"):
-        size = args.cluster_size or (args.batch_size if method == "chameleon" else 12)
-        scope = args.stat_scope or ("prompt" if method == "chameleon" else "running")
-        k = -(-N // size)
-        plan |= {"clusters": k, "cluster_size": N / k, "stat_scope": scope,
+    if args.trunk == "shared":
+        plan["trunk"] = run.trunk
+    if method == "lora-match":
+        wanted = trained_parameters(run, adapter_plan(run, args, "chameleon", seed, lr))
+        rank = round(wanted / (trained_parameters(run, plan | {"method": "lora"}) / args.rank))
+        plan |= {"rank": rank, "alpha": args.alpha / args.rank * rank}
+    if method not in TOLD_NOTHING:
+        size = args.cluster_size or (12 if method == "counts" else args.batch_size)
+        scope = args.stat_scope or ("running" if method == "counts" else "prompt")
+        k = 1 if method == "per-sample" else -(-N // size)
+        plan |= {"clusters": k, "cluster_size": N / -(-N // size), "stat_scope": scope,
                  "inference": args.inference}
-        if method == "chameleon":
+        if args.told:
+            plan["told"] = args.told
+        if method in ("chameleon", "per-sample"):
             plan["head_form"] = args.head_form
-        else:
+        if method == "counts":
             plan["refresh"] = args.refresh
     return plan
 
 
-def train_adapter(run, args, method, seed):
+def trained_parameters(run, plan):
+    return sum(p.numel() for p in adapt(run.base, plan).parameters() if p.requires_grad)
+
+
+def place_of(run, args, method, seed):
+    """Path of an adapter, with what it was told in its name if that is a control."""
+    told = f"-{args.told}" if args.told and method not in TOLD_NOTHING else ""
+    return adapter_path(run, method + told, seed, args.trunk)
+
+
+def choose_rate(run, args, method):
+    """The learning rate of `args.lr` with the best validation loss at the first seed.
+
+    Each is trained in grid/, the best is copied from there to its place among the adapters, and
+    grid.json keeps the outcomes.
+    """
+    if len(args.lr) == 1:
+        return args.lr[0]
+    place = place_of(run, args, method, args.seeds[0])
+    name = f"{args.trunk} {place.stem}"
+    outcomes = {}
+    for lr in args.lr:
+        path = run.folder / "grid" / f"{args.trunk}-{place.stem}-lr{lr:g}.safetensors"
+        train_adapter(run, args, method, args.seeds[0], lr, path)
+        outcomes[lr] = read_tensors(path)[1]["done"]["best"]
+    best = min(outcomes, key=outcomes.get)
+    print(f"{name}: validation loss by learning rate: "
+          + ", ".join(f"{lr:g} {loss:.4f}" for lr, loss in outcomes.items()))
+    if run.rank == 0:
+        grid = run.folder / "grid.json"
+        write_json(grid, (read_json(grid) if grid.exists() else {}) | {name: outcomes})
+        if not is_finished(place, adapter_plan(run, args, method, args.seeds[0], best), True):
+            for suffix in (".safetensors", ".last.safetensors"):
+                chosen = run.folder / "grid" / f"{args.trunk}-{place.stem}-lr{best:g}{suffix}"
+                write_tensors(place.with_suffix(suffix), *read_tensors(chosen))
+    return best
+
+
+def train_adapter(run, args, method, seed, lr, path):
     """Train one adapter on the continuations of the training split; best and last are kept."""
-    plan, path = adapter_plan(run, args, method, seed), adapter_path(run, method, seed)
+    plan = adapter_plan(run, args, method, seed, lr)
     if is_finished(path, plan, args.resume):
         print(f"{path.stem}: trained before")
         return
-    train, validation = run.examples["train"], run.examples["validation"]
+    examples = run.shared if args.trunk == "shared" else run.examples
+    train, validation = examples["train"], examples["validation"]
     torch.manual_seed(seed)
     model = adapt(run.base, plan)
-    if args.compile:
+    if args.compile and args.trunk == "joint":
         compile_blocks(model)
     head, company, cluster = model.lm_head, None, None
     if head.needs_statistics:
         prompts = head.read(train, run.base.transformer.wte)
-        company = Company(head, prompts, training_clusters(run, head, prompts, plan))
-        cluster = company.cluster if head.clustered_batches else None
-    held_out = held_out_company(run, model, validation, plan, plan.get("inference"))
+        company = Company(head, prompts, training_clusters(run, head, prompts, plan), args.told,
+                          torch.Generator().manual_seed(seed))
+        cluster = company.cluster if head.clustered_batches and not args.told else None
+    held_out = held_out_company(run, model, validation, plan, plan.get("inference"), args.told)
 
     def load(index):
         if company is None:
@@ -423,7 +476,7 @@ def training_clusters(run, head, prompts, plan):
     def make():
         with run.autocast:
             cluster = head.fit_clusters(
-                prompts, plan["clusters"], torch.Generator().manual_seed(plan["seed"]))
+                prompts, plan.get("clusters", 1), torch.Generator().manual_seed(plan["seed"]))
         return cluster, {name: buffer.cpu() for name, buffer in head.named_buffers()}
 
     cluster, buffers = run.from_first(make)
@@ -493,12 +546,19 @@ def main(argv=None):
     for split, table in run.examples.items():
         print(f"{split}: {len(table):,} examples, {table.length.sum():,} tokens, "
               f"{(table.length - table.prompt).sum():,} of them scored")
-    adapters = [(m, seed) for seed in args.seeds for m in args.methods if m != "frozen"]
+    methods = [method for method in args.methods if method != "frozen"]
     if trained:
         run.base = load_base(trained, device, run.tokenizer)
-        for adapter in adapters:
-            is_finished(adapter_path(run, *adapter), adapter_plan(run, args, *adapter), args.resume)
         print(f"base: {trained}, trained before")
+        if args.trunk == "shared":
+            share_trunk(run)
+        for method in methods if len(args.lr) == 1 else ():
+            for seed in args.seeds:
+                is_finished(place_of(run, args, method, seed),
+                            adapter_plan(run, args, method, seed, args.lr[0]), args.resume)
+    elif args.trunk == "shared":
+        raise UserError(f"--trunk shared: {folder} has no base and no trunk; train them first with "
+                        f"--methods lora --trunk joint")
     else:
         is_finished(base_path, plan := base_plan(run, args, config), args.resume)
         print(f"base: {args.size} ({why_size}), {config.n_layer} layers of width "
@@ -517,9 +577,12 @@ def main(argv=None):
             for suffix in (".safetensors", ".last.safetensors"):
                 tensors, info = read_tensors(trained.with_suffix(suffix))
                 write_tensors(base_path.with_suffix(suffix), tensors, info)
-        for adapter in adapters:
-            with memory_advice("halve --batch-size and double --accumulate, or lower --rank"):
-                train_adapter(run, args, *adapter)
+        with memory_advice("halve --batch-size and double --accumulate, or lower --rank"):
+            for method in methods:
+                lr = choose_rate(run, args, method)
+                for seed in args.seeds:
+                    path = place_of(run, args, method, seed)
+                    train_adapter(run, args, method, seed, lr, path)
     except KeyboardInterrupt:
         print(f"stopped; go on with: python train.py --resume --out {folder}", file=sys.stderr)
         sys.exit(130)

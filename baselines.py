@@ -1,0 +1,176 @@
+"""The rivals: other ways to adapt the head to a cluster, or not to need to.
+
+Each is called as `ChameleonHead` is and told the same statistic, so that a table compares ideas
+and nothing else. `LoRAHead` with more rank ("lora-match": as many trained parameters as chameleon)
+and `CountsHead` stand in files of their own.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from cluster import kmeans
+from hypernet import ChameleonHead, ClusteredHead, HyperNetwork
+from model import LMHead, Update, lora_factors
+
+
+class PerSampleHead(ChameleonHead):
+    """A hyper-network that reads one example at a time: every request is its own cluster.
+
+    As Hyperdecoders (Ivison & Peters 2022), which write adapters for each input; simplified to
+    the head and to chameleon's network and statistic.
+    """
+
+    clustered_batches, controls = False, ("shuffled", "constant")
+
+    def fit_clusters(self, prompts, k, generator):
+        super().fit_clusters(prompts, 1, generator)
+        return self.group(prompts)
+
+    def group(self, prompts, k=None, generator=None):
+        return torch.arange(len(prompts.mean))
+
+
+class ScaledHead(ClusteredHead):
+    """logits = W h + (alpha / rank) B diag(d(s)) A h: A and B are trained, as LoRA's are, and the
+    network writes only the r numbers d between them.
+
+    As Zhyper (Abdalla et al. 2025), which modulates shared factors by a vector per context;
+    simplified to the head. rank (C + V) parameters and the network's.
+    """
+
+    def __init__(self, weight, rank, alpha, n_clusters=1, scope="prompt"):
+        super().__init__(weight, n_clusters, scope)
+        V, C = weight.shape
+        self.scale = alpha / rank
+        self.lora_A, self.lora_B = lora_factors(C, V, rank, weight.device)
+        self.hypernetwork = HyperNetwork(C, torch.ones(rank)).to(weight.device)
+
+    def updates(self, statistics):
+        d = self.hypernetwork(self.standardised(statistics))  # (K, C) -> (K, r)
+        return [Update(self.scale * d[:, :, None] * self.lora_A, self.lora_B)]
+
+
+class MaskedHead(ClusteredHead):
+    """logits = W h + (alpha / rank) B diag(m(s)) A h, with m a blend of M masks over the rank.
+
+    The factors have rank M times `rank`. Training clusters are put into M groups by k-means; a
+    selector (M, C), at first the groups' centroids, compares the statistic to each, and a softmax
+    of the cosines / `temperature` blends.
+
+    masks: "joint", changeable masks that are trained together with the selector, every example
+        with the blend that it will get at inference;
+    "individual": the same, but each mask is trained on its own group's examples alone, so that a
+        blend is first seen at inference;
+    "library": the masks are fixed blocks, so that these are M separate LoRAs of rank `rank`, one
+        for each group (as LoraHub, Huang et al. 2023, and LoraRetriever, Zhao et al. 2024),
+        trained on its own group; `blend` mixes them at inference, else the nearest one is used.
+
+    M = 8. The masks alone take M * M rank numbers, the factors M rank (C + V).
+    """
+
+    M, temperature = 8, 0.1
+
+    def __init__(self, weight, rank, alpha, masks, blend=True, n_clusters=1, scope="prompt"):
+        super().__init__(weight, n_clusters, scope)
+        V, C = weight.shape
+        self.scale, self.kind, self.blend = alpha / rank, masks, blend
+        self.lora_A, self.lora_B = lora_factors(C, V, self.M * rank, weight.device)
+        block = torch.eye(self.M, device=weight.device).repeat_interleave(rank, dim=1)
+        selector = torch.zeros(self.M, C, device=weight.device)
+        if masks == "library":
+            self.register_buffer("masks", block)
+        else:
+            self.masks = nn.Parameter(torch.ones_like(block))
+        if masks == "joint":
+            self.selector = nn.Parameter(selector)
+        else:
+            self.register_buffer("selector", selector)
+
+    def fit_clusters(self, prompts, k, generator):
+        cluster = super().fit_clusters(prompts, k, generator)
+        groups = min(self.M, len(self.centroids))
+        centroids = kmeans(self.centroids, groups, generator).centroids  # of centroids (K, C)
+        self.selector.data[:groups] = F.normalize(centroids, dim=1)
+        return cluster
+
+    def weights(self, statistics):
+        """Share (K, M) of each mask in the blend of each cluster."""
+        s = F.normalize(statistics - self.center, dim=1)
+        cosine = s @ F.normalize(self.selector, dim=1).T  # (K, C) @ (C, M) -> (K, M)
+        alone = not self.blend or (self.training and self.kind != "joint")
+        if alone:
+            return F.one_hot(cosine.argmax(dim=1), self.M).to(cosine)
+        return (cosine / self.temperature).softmax(dim=1)
+
+    def updates(self, statistics):
+        m = self.weights(statistics) @ self.masks  # (K, M) @ (M, M r) -> (K, M r)
+        return [Update(self.scale * m[:, :, None] * self.lora_A, self.lora_B)]
+
+
+class PromptTuningHead(ClusteredHead):
+    """The network writes n = 8 soft prompt vectors, which the transformer reads before the tokens.
+
+    As HyperPrompt (He et al. 2022), which writes prompts for every layer from a task's embedding;
+    simplified to the input, and to chameleon's statistic. The head itself stays frozen.
+    """
+
+    n = 8
+
+    def __init__(self, weight, n_clusters=1, scope="prompt"):
+        super().__init__(weight, n_clusters, scope)
+        start = torch.randn(self.n * weight.shape[1]) * 0.02  # as large as a token's embedding
+        self.hypernetwork = HyperNetwork(weight.shape[1], start).to(weight.device)
+
+    def soft_prompts(self, statistics):
+        out = self.hypernetwork(self.standardised(statistics))
+        return out.view(len(out), self.n, -1)  # (K, n C) -> (K, n, C)
+
+
+class CacheHead(LMHead):
+    """A continuous cache (Grave, Joulin & Usunier 2017) of the row's own history:
+
+        p(w) = (1 - l) softmax(W h)_w + l sum over i with next token w of a_i,
+        a = softmax over earlier positions i of (t / sqrt(C)) h h_i.
+
+    It is told the row's own tokens. l and t, which they chose by search, are trained: 2 parameters.
+    """
+
+    needs_statistics, clustered_batches, whole_logits = True, False, True
+
+    def __init__(self, weight):
+        super().__init__(weight)
+        self.logit = nn.Parameter(torch.tensor(-2.0, device=weight.device))
+        self.log_t = nn.Parameter(torch.tensor(0.0, device=weight.device))
+
+    def read(self, examples, embedding):
+        return examples
+
+    def fit_clusters(self, examples, k, generator):
+        return self.group(examples)
+
+    def group(self, examples, k=None, generator=None):
+        return torch.arange(len(examples))
+
+    def told(self, examples, index, which, members, group):
+        """Tokens (B, T) of the rows `index` (B,)."""
+        return examples.rows(index)[0][:, :-1], torch.arange(len(index))
+
+    def updates(self, statistics=None):
+        return statistics  # the tokens: what is added is no product
+
+    def forward(self, hidden, updates, cluster=None):
+        tokens = updates[cluster]  # (B, T)
+        B, T, C = hidden.shape
+        log_p = super().forward(hidden).float().log_softmax(dim=2)  # (B, T, V)
+        h = hidden.float()
+        score = self.log_t.exp() / math.sqrt(C) * (h @ h.mT)  # (B, T, C) @ (B, C, T) -> (B, T, T)
+        known = torch.ones(T, T, dtype=torch.bool, device=h.device).tril(-1)  # i + 1 <= t
+        a = score.masked_fill(~known, -math.inf)[:, 1:].softmax(dim=2)  # the first has no history
+        following = tokens.roll(-1, dims=1)[:, None].expand_as(a)  # the token after i
+        cached = torch.zeros_like(log_p[:, 1:]).scatter_add(2, following, a)  # (B, T - 1, V)
+        share = self.logit.sigmoid()
+        mixed = torch.log((1 - share) * log_p[:, 1:].exp() + share * cached)
+        return torch.cat([log_p[:, :1], mixed], dim=1)
