@@ -1,11 +1,9 @@
 """The rivals: other ways to adapt the head to a cluster, or not to need to.
 
 Each is called as `ChameleonHead` is and told the same statistic, so that a table compares ideas
-and nothing else. `LoRAHead` with more rank ("lora-match": as many trained parameters as chameleon)
-and `CountsHead` stand in files of their own.
+and nothing else. "lora-match" is `LoRAHead` with as many trained parameters as chameleon, and a
+row's own cache stands in cache.py.
 """
-
-import math
 
 import torch
 import torch.nn as nn
@@ -13,7 +11,7 @@ import torch.nn.functional as F
 
 from cluster import kmeans
 from hypernet import ChameleonHead, ClusteredHead, HyperNetwork
-from model import LMHead, Update, lora_factors
+from model import Update, lora_factors
 
 
 class PerSampleHead(ChameleonHead):
@@ -127,50 +125,3 @@ class PromptTuningHead(ClusteredHead):
     def soft_prompts(self, statistics):
         out = self.hypernetwork(self.standardised(statistics))
         return out.view(len(out), self.n, -1)  # (K, n C) -> (K, n, C)
-
-
-class CacheHead(LMHead):
-    """A continuous cache (Grave, Joulin & Usunier 2017) of the row's own history:
-
-        p(w) = (1 - l) softmax(W h)_w + l sum over i with next token w of a_i,
-        a = softmax over earlier positions i of (t / sqrt(C)) h h_i.
-
-    It is told the row's own tokens. l and t, which they chose by search, are trained: 2 parameters.
-    """
-
-    needs_statistics, clustered_batches, whole_logits = True, False, True
-
-    def __init__(self, weight):
-        super().__init__(weight)
-        self.logit = nn.Parameter(torch.tensor(-2.0, device=weight.device))
-        self.log_t = nn.Parameter(torch.tensor(0.0, device=weight.device))
-
-    def read(self, examples, embedding):
-        return examples
-
-    def fit_clusters(self, examples, k, generator):
-        return self.group(examples)
-
-    def group(self, examples, k=None, generator=None):
-        return torch.arange(len(examples))
-
-    def told(self, examples, index, which, members, group):
-        """Tokens (B, T) of the rows `index` (B,)."""
-        return examples.rows(index)[0][:, :-1], torch.arange(len(index))
-
-    def updates(self, statistics=None):
-        return statistics  # the tokens: what is added is no product
-
-    def forward(self, hidden, updates, cluster=None):
-        tokens = updates[cluster]  # (B, T)
-        B, T, C = hidden.shape
-        log_p = super().forward(hidden).float().log_softmax(dim=2)  # (B, T, V)
-        h = hidden.float()
-        score = self.log_t.exp() / math.sqrt(C) * (h @ h.mT)  # (B, T, C) @ (B, C, T) -> (B, T, T)
-        known = torch.ones(T, T, dtype=torch.bool, device=h.device).tril(-1)  # i + 1 <= t
-        a = score.masked_fill(~known, -math.inf)[:, 1:].softmax(dim=2)  # the first has no history
-        following = tokens.roll(-1, dims=1)[:, None].expand_as(a)  # the token after i
-        cached = torch.zeros_like(log_p[:, 1:]).scatter_add(2, following, a)  # (B, T - 1, V)
-        share = self.logit.sigmoid()
-        mixed = torch.log((1 - share) * log_p[:, 1:].exp() + share * cached)
-        return torch.cat([log_p[:, :1], mixed], dim=1)

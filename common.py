@@ -17,11 +17,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from baselines import CacheHead, MaskedHead, PerSampleHead, PromptTuningHead, ScaledHead
+from baselines import MaskedHead, PerSampleHead, PromptTuningHead, ScaledHead
+from cache import CacheHead, CompanyCacheHead
 from counts import CountsHead
 from data import Corpus, Tokenizer
 from files import UserError, read_tensors, whole_file
-from flags import remembered
+from flags import CONTROLS, METHODS, remembered
 from hypernet import ChameleonHead
 from model import GPT, GPTConfig, HeadAlone, LoRAHead, add_lora
 
@@ -156,6 +157,7 @@ class Run:
     examples: dict | None = None  # split -> Examples
     base: GPT | None = None
     trunk: str | None = None  # fingerprint of the transformer that heads share, see `share_trunk`
+    trunk_model: GPT | None = None  # that transformer, with a head of its own
     shared: dict | None = None  # split -> Examples with its states
     rank: int = 0  # of this process, among `world`
     world: int = 1
@@ -266,6 +268,8 @@ def make_head(weight, plan):
             return ChameleonHead(*factors, plan["head_form"], **told)
         case "counts":
             return CountsHead(*factors, plan["stat_scope"], plan["refresh"])
+        case "company-cache":
+            return CompanyCacheHead(*factors, plan["stat_scope"])
         case "per-sample":
             return PerSampleHead(*factors, plan["head_form"], **told)
         case "scaled":
@@ -286,6 +290,19 @@ ADAPTERS = {"joint": "adapters", "shared": "shared"}  # where --trunk joint or s
 
 def adapter_path(run, method, seed, trunk="joint"):
     return run.folder / ADAPTERS[trunk] / f"{method}-seed{seed}.safetensors"
+
+
+def adapter_paths(folder, trunk="joint"):
+    """Best checkpoints of a run's adapters, those of one method side by side."""
+    paths = [p for p in (folder / ADAPTERS[trunk]).glob("*.safetensors")
+             if not p.name.endswith((".last.safetensors", ".state.safetensors"))]
+
+    def rank(path):
+        method = path.name.split("-seed")[0]
+        told = [c for c in CONTROLS if method.endswith(f"-{c}")]
+        return METHODS.index(method.removesuffix(f"-{told[0]}") if told else method), path.name
+
+    return sorted(paths, key=rank)
 
 
 def load_adapter(run, path):
@@ -311,7 +328,7 @@ def share_trunk(run):
     if not path.with_suffix(".last.safetensors").exists():
         raise UserError(f"--trunk shared: heads share the transformer of {path}, which does not "
                         f"exist; train it first with --methods lora --trunk joint")
-    model = load_adapter(run, path)[0]
+    model = run.trunk_model = load_adapter(run, path)[0]
     adapted = {name: p for name, p in model.named_parameters() if not name.startswith("lm_head")}
     run.trunk = tensors_digest(adapted)
     run.shared = {}

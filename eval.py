@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from files import UserError, run_cli, whole_file, write_json, write_text
-from flags import CONTROLS, METHODS, eval_parser
+from flags import CONTROLS, eval_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
     run_cli(eval_parser().parse_args)
@@ -24,11 +24,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common import (ADAPTERS, adapter_path, choose_device, keep_freed_memory, label, load_adapter,
-                    memory_advice, open_corpus, open_run, read_records, share_trunk, wait)
+from common import (adapter_path, adapter_paths, choose_device, keep_freed_memory, label,
+                    load_adapter, memory_advice, open_corpus, open_run, read_records, share_trunk,
+                    wait)
 from data import RESPONSE, Examples, load_examples
 from model import HeadAlone, generate, merge_lora
 from scoring import held_out_company, score, scored_bytes, summed
+from study import sweep
 
 
 # Okabe & Ito's palette: told apart by all kinds of colour vision, and in grey.
@@ -67,8 +69,8 @@ def score_model(run, model, plan, args, n_bytes, control=None):
 def latency(run, model, company, batch_size=32):
     """Seconds that the head takes for a token of each of 32 requests, its updates being made."""
     head, width = model.lm_head, model.config.n_embd
-    if head.whole_logits:
-        return math.nan  # cache's grows with the row
+    if head.reads_company:
+        return math.nan  # it grows with what is remembered
     hidden = torch.randn(batch_size, 1, width, device=run.device, dtype=run.dtype)
     updates = head.updates() if company is None else []
     if company is not None:
@@ -121,19 +123,6 @@ def score_run(run, args):
                 if control != "other articles" or not args.instructions:
                     add(model, plan, control, path)
     return entries, losses
-
-
-def adapter_paths(folder, trunk="joint"):
-    """Best checkpoints of a run's adapters, those of one method side by side."""
-    paths = [p for p in (folder / ADAPTERS[trunk]).glob("*.safetensors")
-             if not p.name.endswith((".last.safetensors", ".state.safetensors"))]
-
-    def rank(path):
-        method = path.name.split("-seed")[0]
-        told = [c for c in CONTROLS if method.endswith(f"-{c}")]
-        return METHODS.index(method.removesuffix(f"-{told[0]}") if told else method), path.name
-
-    return sorted(paths, key=rank)
 
 
 # --------------------------------------------------------------------------------------- table
@@ -265,7 +254,7 @@ def draw_costs(entries, path):
     for i, name in enumerate(names):
         mine = of_method(entries, name).values()
         values = [entry["test"]["loss"] for entry in mine]
-        parameters = [entry["parameters"] for entry in mine][0]
+        parameters = next(entry["parameters"] for entry in mine)
         axes.errorbar(parameters, np.mean(values), yerr=np.std(values), capsize=3, markersize=7,
                       fmt="os^DvP*X<>dph"[i % 13], color=COLOURS[i % 7], label=name)
     axes.set_xscale("log")
@@ -399,6 +388,8 @@ def main(argv=None):
         corpus, run.tokenizer, config["args"]["block_size"], folder / "cache")
     if adapter_paths(folder, "shared"):
         share_trunk(run)
+    if args.sweep:
+        return sweep(run, args, args.sweep, COLOURS)
     args.instructions = config.get("instructions")
     entries, losses = score_run(run, args)
     test = run.examples["test"]

@@ -7,9 +7,10 @@ from pathlib import Path
 from files import UserError, read_json
 
 SIZES = ("nano", "small", "gpt2")  # model.py has their shapes
-METHODS = ("frozen", "lora", "lora-match", "chameleon", "counts", "per-sample", "scaled", "masks",
-           "masks-alone", "library", "library-blend", "prompt-tuning", "cache")
+METHODS = ("frozen", "lora", "lora-match", "chameleon", "counts", "company-cache", "per-sample",
+           "scaled", "masks", "masks-alone", "library", "library-blend", "prompt-tuning", "cache")
 DEFAULT_METHODS = "frozen,lora,chameleon,counts"
+RUNNING = ("counts", "company-cache")  # can be told what continuations hold so far
 TOLD_NOTHING = ("frozen", "lora", "lora-match", "cache")  # of a cluster
 CONTROLS = ("own prompt only", "shuffled", "constant", "other articles")  # in a cluster's place
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -149,6 +150,9 @@ def eval_parser():
     add("--data-dir", help="where the data set lies (default: as in training)")
     add("--device", default="auto", choices=DEVICES, help="where to score")
     add("--dtype", choices=DTYPES, help="of matrix products (default: as in training)")
+    add("--sweep", choices=("clusters", "cluster-size", "noise"), help="instead, vary the company "
+        "that requests keep (study.py), of heads on a shared trunk if there are any")
+    add("--methods", type=listed(METHODS), metavar="M,M", help="with --sweep: of these alone")
     add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead")
     add("--method", default="chameleon", help="with --prompts: the adapter that continues them")
     add("--seed", type=number(int, 0), default=0, help="with --prompts: the adapter's seed, and "
@@ -182,10 +186,10 @@ def parse_train(argv):
                 )
     elif args.resume:
         raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
-    others = [name for name in args.methods if name not in (*TOLD_NOTHING, "counts")]
+    others = [name for name in args.methods if name not in (*TOLD_NOTHING, *RUNNING)]
     if others and args.stat_scope == "running":
-        raise UserError(f"--stat-scope running: only counts can; leave {others[0]} out of "
-                        f"--methods")
+        raise UserError(f"--stat-scope running: only {' and '.join(RUNNING)} can; leave "
+                        f"{others[0]} out of --methods")
     if "prompt-tuning" in args.methods and args.trunk == "shared":
         raise UserError("--trunk shared: prompt-tuning needs the transformer; leave it out of "
                         "--methods")

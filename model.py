@@ -148,7 +148,7 @@ class LMHead(nn.Module):
     may be made from statistics of the clusters.
     """
 
-    needs_statistics = whole_logits = False
+    needs_statistics = reads_company = False
     controls = ()  # what eval.py may tell it in place of its cluster, see `Company`
 
     def __init__(self, weight):
@@ -163,8 +163,8 @@ class LMHead(nn.Module):
         """A list of `Update`s, made once for any number of calls."""
         return []
 
-    def forward(self, hidden, updates=(), cluster=None):
-        """Logits (B, T, V) of hidden (B, T, C).
+    def forward(self, hidden, updates=(), cluster=None, statistics=None):
+        """Logits (B, T, V) of hidden (B, T, C). statistics: what `updates` were made from.
 
         cluster, (B,) or (B, T), names each sequence's A and B, or each position's B; without it
         there are one for all, or one for each sequence in turn.
@@ -254,7 +254,7 @@ class GPT(nn.Module):
     def forward(self, tokens, statistics=None, cluster=None):
         """Logits (B, T, V) of token ids (B, T); statistics (K, C) and cluster (B,) adapt them."""
         hidden = self.hidden(tokens, soft=soft_prompts(self.lm_head, statistics, cluster))
-        return self.lm_head(hidden, self.lm_head.updates(statistics), cluster)
+        return self.lm_head(hidden, self.lm_head.updates(statistics), cluster, statistics)
 
 
 def soft_prompts(head, statistics, cluster):
@@ -382,11 +382,11 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
              top_k=None, stop_token=None, generator=None, use_cache=True):
     """Continue each prompt; returns a list of lists of new token ids.
 
-    prompts: B lists of token ids, of any lengths; statistics (K, C) and cluster (B,) adapt the
-    head. temperature 0 takes the most likely token; otherwise one is drawn, with
-    `generator`, from the `top_k` most likely at that temperature. A sequence ends before
-    `stop_token`, after max_new_tokens, or where the context is full. Raises ValueError for an
-    empty prompt and for one that fills the context.
+    prompts: B lists of token ids, of any lengths; statistics (K, C) and cluster (B,), or who knows
+    what whom has said (B, B), adapt the head. temperature 0 takes the most likely token; otherwise
+    one is drawn, with `generator`, from the `top_k` most likely at that temperature. A sequence
+    ends before `stop_token`, after max_new_tokens, or where the context is full. Raises ValueError
+    for an empty prompt and for one that fills the context.
 
     For bfloat16 give it a model after `model.transformer.to(torch.bfloat16)`, which leaves the
     hyper-network as it is: autocast would convert every frozen weight anew for each token.
@@ -406,15 +406,21 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
     cache = [KVCache(room) for _ in model.transformer.h] if use_cache else None
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     updates = model.lm_head.updates(statistics)
-    if cluster is not None:  # gathered once, not for every token
+    if cluster is not None and not model.lm_head.reads_company:  # gathered once, not for every token
         updates = [update.of(cluster) for update in updates]
     updates = [Update(*(t if t is None else t.to(model.lm_head.weight.dtype) for t in update))
                for update in updates]
-    new = tokens
+    new, past = tokens, None  # past: all hidden states (B, T, C), for a head that remembers them
     while tokens.shape[1] < longest + max_new_tokens and not done.all():
         hidden = model.hidden(new if use_cache else tokens, cache, masked)
         last = hidden[:, -1:].contiguous()  # else torch copies a frozen W once per sequence
-        logits = model.lm_head(last, updates)[:, 0].float()  # (B, V)
+        if model.lm_head.reads_company:
+            past = hidden if past is None or not use_cache else torch.cat([past, hidden], dim=1)
+            told = model.lm_head.decoding(
+                tokens, pad, longest, -1 if stop_token is None else stop_token)
+            logits = model.lm_head(past, updates, cluster, told, past.shape[1] - 1)[:, 0]  # (B, V)
+        else:
+            logits = model.lm_head(last, updates)[:, 0].float()  # (B, V)
         if temperature == 0:
             new = logits.argmax(dim=1, keepdim=True)  # (B, 1)
         else:
@@ -424,6 +430,7 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
             logits = (logits - logits.amax(dim=1, keepdim=True)) / temperature
             new = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)  # (B, 1)
         if stop_token is not None:
+            new = new.masked_fill(done[:, None], stop_token)  # its mates learn nothing from it
             done |= new[:, 0] == stop_token
         tokens = torch.cat([tokens, new], dim=1)
         done |= tokens.shape[1] - pad >= context

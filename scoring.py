@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from cache import read_together
 from data import IGNORE
 from model import soft_prompts
 
@@ -27,7 +28,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, counts, *updates):
+    def forward(ctx, hidden, weight, targets, counts, odds, *updates):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -37,9 +38,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         trained = ctx.needs_input_grad
         d_h = torch.empty_like(h) if trained[0] else None
         d_W = torch.zeros_like(W, dtype=exact) if trained[1] else None
+        d_odds = None if odds is None else torch.empty_like(odds)
         # z, B of each update; sums over tokens are kept exact
         d_updates = [None if not needed else torch.zeros_like(t, dtype=exact if i % 2 else dtype)
-                     for i, (t, needed) in enumerate(zip(updates, trained[4:], strict=True))]
+                     for i, (t, needed) in enumerate(zip(updates, trained[5:], strict=True))]
         for turn in torch.arange(len(targets)).split(max(1, LOGITS_BYTES // (4 * len(weight)))):
             first, end = int(turn[0]), int(turn[-1]) + 1
             x = h[first:end] @ W.T  # (m, C) @ (C, V) -> (m, V)
@@ -52,11 +54,19 @@ class LinearCrossEntropy(torch.autograd.Function):
                 x[here].addmm_(updates[i][rows], updates[i + 1][k].T)  # (m, r) @ (r, V)
             log_p = F.log_softmax(x, dim=1, dtype=exact)
             target = targets[first:end, None]
-            losses[first:end] = -log_p.gather(1, target)[:, 0]
+            log_py = log_p.gather(1, target)[:, 0]
+            losses[first:end] = -log_py
+            if odds is not None:  # -log(p_y + odds): its gradient is the same by p_y / (p_y + odds)
+                losses[first:end] = -torch.logaddexp(log_py, odds[first:end].log())
+                d_odds[first:end] = -losses[first:end].exp()
+                share = (log_py + losses[first:end]).exp()
             if not any(trained):
                 continue
             g = log_p.exp_()
-            g = g.scatter_add_(1, target, -torch.ones_like(target, dtype=exact)).to(dtype)
+            g = g.scatter_add_(1, target, -torch.ones_like(target, dtype=exact))
+            if odds is not None:
+                g *= share[:, None]
+            g = g.to(dtype)
             if d_h is not None:
                 d_h[first:end] = g @ W  # (m, V) @ (V, C) -> (m, C)
             if d_W is not None:
@@ -66,7 +76,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     d_updates[i][rows] = g[here] @ updates[i + 1][k]  # (m, V) @ (V, r)
                 if d_updates[i + 1] is not None:
                     d_updates[i + 1][k] += g[here].T @ updates[i][rows]  # (V, m) @ (m, r)
-        ctx.gradients = d_h, d_W, None, None, *d_updates
+        ctx.gradients = d_h, d_W, None, None, d_odds, *d_updates
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
@@ -85,19 +95,19 @@ def within(counts, first, end):
             yield k, a, b
 
 
-def linear_cross_entropy(hidden, weight, targets, updates=(), counts=None):
+def linear_cross_entropy(hidden, weight, targets, updates=(), counts=None, odds=None):
     """Summed negative log-likelihood, which can be differentiated, and each token's (n,).
 
     hidden (n, C), weight (V, C), targets (n,); logits are W h, and for each of `updates`, a pair
     z (n, r) and B, B z more with B (V, r), or B[k] z with B (K, V, r) and k = 0 for the first
-    counts[0] tokens, 1 for the next counts[1] and so on. Products are made in autocast's type,
-    the softmax and all sums in float32. At most LOGITS_BYTES of logits exist at a time, and
-    whatever autograd needs is made on the way.
+    counts[0] tokens, 1 for the next counts[1] and so on. With odds (n,) a target's probability p
+    counts as p + odds. Products are made in autocast's type, the softmax and all sums in float32.
+    At most LOGITS_BYTES of logits exist at a time, and whatever autograd needs is made on the way.
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()
     flat = [tensor for z, B in updates for tensor in (z, B if B.dim() == 3 else B[None])]
-    return LinearCrossEntropy.apply(hidden, weight, targets, counts, *flat)
+    return LinearCrossEntropy.apply(hidden, weight, targets, counts, odds, *flat)
 
 
 def losses(model, tokens, targets, statistics=None, cluster=None):
@@ -117,11 +127,6 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
     told = send(statistics)
     hidden = model.hidden(send(tokens), soft=soft_prompts(head, told, send(cluster)))
     updates = head.updates(told)
-    if head.whole_logits:  # it is no sum of products
-        logits = head(hidden, updates, send(cluster)).flatten(0, 1)  # (B, T, V) -> (B T, V)
-        each = F.cross_entropy(logits, send(targets.flatten()), ignore_index=IGNORE,
-                               reduction="none")
-        return each.sum(), each.detach().view(targets.shape).sum(dim=1)
     place = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (n,) of B * T
     K, counts = max((len(update.B) for update in updates if update.B.dim() == 3), default=1), None
     if K > 1:  # tokens of a cluster side by side
@@ -138,7 +143,16 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
         if update.A.dim() == 3:
             update = update._replace(A=update.A[send(cluster)])
         pairs.append((scored(update.project(hidden)), update.B))
-    total, each = linear_cross_entropy(scored(hidden), head.weight, wanted, pairs, counts)
+    odds = None
+    if head.reads_company:
+        aim = send(targets)
+        share, found = head.recall(hidden, told, send(cluster), aim, aim != IGNORE)
+        share, found = scored(share[:, :, None])[:, 0], scored(found[:, :, None])[:, 0]
+        odds = share / (1 - share) * found
+    total, each = linear_cross_entropy(scored(hidden), head.weight, wanted, pairs, counts, odds)
+    if odds is not None:
+        rest = torch.log1p(-share)
+        total, each = total - rest.sum(), each - rest.detach()
     rows = each.new_zeros(targets.numel()).index_copy_(0, place, each)  # (B * T,)
     return total, rows.view(targets.shape).sum(dim=1)
 
@@ -167,15 +181,19 @@ def score(run, model, examples, batch_size, company=None, whole=False):
     """
     model.eval()
     nll, counts = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
-    by_length = np.argsort(examples.length, kind="stable")  # little padding within a batch
-    batches = np.split(by_length, range(batch_size, len(examples), batch_size))
+    order = np.argsort(examples.length, kind="stable")  # little padding within a batch
+    if company and model.lm_head.reads_company:  # each cluster is read once
+        order = order[np.argsort(company.cluster.numpy()[order], kind="stable")]
+    batches = np.split(order, range(batch_size, len(examples), batch_size))
     for index in batches[run.rank :: run.world]:
-        tokens, targets = examples.batch(index, whole)
-        told = company.told(torch.from_numpy(index)) if company else ()
+        if company:
+            batch = company.batch(examples, torch.from_numpy(index))
+        else:
+            batch = examples.batch(index, whole)
         with run.autocast:
-            rows = losses(model, tokens, targets, *told)[1]
+            rows = losses(model, *batch)[1][: len(index)]
         nll[index] = rows.cpu().numpy()  # summed up in float64 from here on
-        counts[index] = (targets != IGNORE).sum(dim=1).numpy()
+        counts[index] = (batch[1][: len(index)] != IGNORE).sum(dim=1).numpy()
     return run.add_up(nll), run.add_up(counts)
 
 
@@ -198,21 +216,36 @@ class Company:
         elif control == "constant":
             members = [alone[:0] for alone in members]
         self.members = members
-        self.article = torch.from_numpy(article) if control == "other articles" else None
+        self.choose = None  # of a row and its cluster's members: which of them it is told
+        if control == "other articles":
+            article = torch.from_numpy(article)
+            self.choose = lambda i, mates: mates[(article[mates] != article[i]) | (mates == i)]
+
+    def kept(self, index):
+        """Of the rows `index` (B,): which company each keeps (B,), and the `members` (M,) of those
+        companies, with the `group` (M,) of each."""
+        used, which = self.cluster[index].unique(return_inverse=True)
+        members = [self.members[k] for k in used.tolist()]
+        if self.choose:  # no two rows may keep the same company
+            members = [self.choose(i, members[k])
+                       for i, k in zip(index.tolist(), which.tolist(), strict=True)]
+            which = torch.arange(len(index))
+        group = torch.repeat_interleave(torch.tensor([len(own) for own in members]))
+        return which, torch.cat(members), group
 
     def told(self, index):
         """Statistics and cluster of the rows `index` (B,), as `losses` takes them."""
-        if self.article is not None:  # no two rows may have the same company
-            which, members = torch.arange(len(index)), []
-            for i in index.tolist():
-                mates = self.members[self.cluster[i]]
-                members.append(mates[(self.article[mates] != self.article[i]) | (mates == i)])
-            group = torch.repeat_interleave(torch.tensor([len(own) for own in members]))
-            return self.head.told(self.prompts, index, which, torch.cat(members), group)
-        used, which = self.cluster[index].unique(return_inverse=True)
-        members = [self.members[k] for k in used.tolist()]
-        group = torch.repeat_interleave(torch.tensor([len(own) for own in members]))
-        return self.head.told(self.prompts, index, which, torch.cat(members), group)
+        return self.head.told(self.prompts, index, *self.kept(index))
+
+    def batch(self, examples, index):
+        """All that `losses` takes of the rows `index` (B,). Rows that the head has to read beside
+        them follow, unscored."""
+        rows = index
+        if self.head.reads_company:
+            rows = read_together(index, self.kept(index)[1])
+        inputs, targets = examples.batch(rows)
+        targets[len(index) :] = IGNORE
+        return inputs, targets, *self.told(index)
 
 
 def held_out_company(run, model, examples, plan, inference, control=None):

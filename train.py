@@ -32,7 +32,7 @@ from pathlib import Path
 
 from files import (UserError, read_json, read_tensors, run_cli, write_json, write_tensors,
                    write_text)
-from flags import TOLD_NOTHING, parse_train, train_parser
+from flags import RUNNING, TOLD_NOTHING, parse_train, train_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
     run_cli(train_parser().parse_args)
@@ -384,8 +384,9 @@ def adapter_plan(run, args, method, seed, lr):
         rank = round(wanted / (trained_parameters(run, plan | {"method": "lora"}) / args.rank))
         plan |= {"rank": rank, "alpha": args.alpha / args.rank * rank}
     if method not in TOLD_NOTHING:
-        size = args.cluster_size or (12 if method == "counts" else args.batch_size)
-        scope = args.stat_scope or ("running" if method == "counts" else "prompt")
+        running = method in RUNNING
+        size = args.cluster_size or (12 if running else args.batch_size)
+        scope = args.stat_scope or ("running" if running else "prompt")
         k = 1 if method == "per-sample" else -(-N // size)
         plan |= {"clusters": k, "cluster_size": N / -(-N // size), "stat_scope": scope,
                  "inference": args.inference}
@@ -460,7 +461,7 @@ def train_adapter(run, args, method, seed, lr, path):
         if company is None:
             return *train.batch(index), None, None
         if cluster is None:
-            return *train.batch(index), *company.told(index)
+            return company.batch(train, index)
         which = cluster[index].unique(return_inverse=True)[1]  # of this batch's members alone
         return *train.batch(index), *head.told(prompts, index, which, index, which)
 

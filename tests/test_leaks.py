@@ -7,7 +7,7 @@ import torch
 
 from common import Run, adapt
 from data import SPLITS, Corpus, Examples, Tokenizer, load_examples
-from flags import CONTROLS, METHODS
+from flags import CONTROLS, METHODS, RUNNING
 from model import GPT, GPTConfig
 from scoring import held_out_company, score
 
@@ -54,7 +54,7 @@ def all_logits(base, model, plan, tokens, inference, control):
     examples = table(tokens)
     company = held_out_company(run_of(base), model, examples, plan, inference, control)
     told = company.told(torch.arange(N)) if company else ()
-    return model(examples.batch(np.arange(N))[0], *told)
+    return model(examples.batch(np.arange(N))[0], *told)[:N]
 
 
 def check_no_leak(method, form="full", scope="prompt", inference="fit", control=None):
@@ -73,7 +73,7 @@ def check_no_leak(method, form="full", scope="prompt", inference="fit", control=
             assert place == T or not torch.equal(before[row, place:], after[row, place:])
 
 
-CASES = [(method, "full") for method in METHODS if method != "counts"] + [("chameleon", "light")]
+CASES = [(method, "full") for method in METHODS if method not in RUNNING] + [("chameleon", "light")]
 PAPERS = [("frozen", "full"), ("lora", "full"), ("chameleon", "full"), ("chameleon", "light")]
 
 
@@ -90,23 +90,25 @@ def test_the_controls_do_not_leak_either(control):
     check_no_leak("chameleon", control=control)
 
 
-@pytest.mark.parametrize("method, form", [*PAPERS[-2:], ("counts", "full")])
+@pytest.mark.parametrize("method, form", [*PAPERS[-2:], *((m, "full") for m in RUNNING)])
 def test_full_scope_leaks_and_the_test_above_notices(method, form):
     with pytest.raises(AssertionError):
         check_no_leak(method, form, scope="full")
 
 
+@pytest.mark.parametrize("method", RUNNING)
 @pytest.mark.parametrize("control", [None, *CONTROLS])
-def test_counts_of_prompts_do_not_leak(control):
-    check_no_leak("counts", control=control)
+def test_in_the_prompt_scope_nothing_leaks_from_continuations(method, control):
+    check_no_leak(method, control=control)
 
 
+@pytest.mark.parametrize("method", RUNNING)
 @pytest.mark.parametrize("control", [None, "own prompt only", "shuffled"])
-def test_running_counts_move_only_logits_that_are_made_later(control):
+def test_the_running_scope_moves_only_logits_that_are_made_later(method, control):
     """The continuations of a cluster are decoded in step: a token may move its mates' logits, and
     its own row's, from the next position on."""
     base, tokens = tiny_base(), np.random.default_rng(0).integers(0, V, (N, T + 1))
-    model, plan = trained(base, "counts", scope="running", examples=table(tokens))
+    model, plan = trained(base, method, scope="running", examples=table(tokens))
     before = all_logits(base, model, plan, tokens, "fit", control)
     mates = 0
     for row in range(N):

@@ -1,0 +1,209 @@
+"""A statistic that keeps the words and where they stood: what a cluster has said, and after what.
+
+A mean of token embeddings no longer knows which tokens it was made of. Here nothing is averaged.
+The statistic of a request is every token w_i that its cluster has produced so far, with the
+hidden state h_i that came before it, and the update of the head is of as high a rank as there are
+tokens: A holds the states, B a one where the tokens are, and a softmax stands between them,
+
+    p(w | h) = (1 - l) softmax(W' h)_w + l [B softmax(t A h)]_w,    l = sigmoid(gate(h)).
+
+So a request is reminded of how its mates went on from where it is now. W' is W with static LoRA.
+It is the continuous cache of Grave, Joulin & Usunier (2017), which remembers a row's own history
+and stands here as a rival (`CacheHead`), given to all requests of a cluster and a trained gate.
+
+The requests of a cluster are decoded in step, and a token is known to its mates from the next step
+on: it moves only logits that are made after it (scope `running`). With scope `prompt` no more than
+prompts are known, and with `full` everything is: that LEAKS.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from cluster import kmeans
+from files import UserError
+from hypernet import product_type, table
+from model import LMHead, Update, lora_factors
+
+NEVER = 1 << 30  # when padding is produced
+
+
+class CacheHead(LMHead):
+    """A continuous cache of each row's own history on the frozen base, as in its paper.
+
+    l and t, which the paper chose by search, are trained: 2 parameters.
+    """
+
+    needs_statistics, clustered_batches, reads_company = True, False, True
+
+    def __init__(self, weight, scope="running"):
+        super().__init__(weight)
+        self.scope = scope
+        self.share = nn.Parameter(torch.tensor(-2.0, device=weight.device))  # l, before a sigmoid
+        self.log_t = nn.Parameter(torch.tensor(-1.0, device=weight.device))
+
+    def read(self, examples, embedding):
+        return examples
+
+    def fit_clusters(self, examples, k, generator):
+        return self.group(examples)
+
+    def group(self, examples, k=None, generator=None):
+        return torch.arange(len(examples))
+
+    def told(self, examples, index, which, members, group):
+        """What `losses` is told of the rows `index` and those of `members` that are not among them:
+        of each position the token that follows, and its place in the continuation, negative in the
+        prompt: (B, T, 2); and who knows what whom has said, (B, B). Everybody knows itself.
+        """
+        rows = read_together(index, members)
+        tokens, real = examples.rows(rows)
+        place = torch.arange(tokens.shape[1]) - torch.from_numpy(
+            examples.prompt[rows.numpy(), None])
+        statistics = torch.stack([tokens, place.masked_fill(~real, NEVER)], dim=2)[:, 1:]
+        where = torch.zeros(len(examples), dtype=torch.int64)
+        where[rows] = torch.arange(len(rows))
+        knows = torch.zeros(len(rows), len(rows), dtype=torch.bool)
+        knows[: len(index), : len(index)] = torch.eye(len(index), dtype=torch.bool)
+        who, whom = (which[:, None] == group).nonzero().unbind(1)
+        knows[who, where[members[whom]]] = True
+        return statistics, knows
+
+    def decoding(self, tokens, pad, longest, stop):
+        """As `told`, statistics (B, T, 2) of sequences (B, T) that are decoded in step: prompts
+        with `pad` (B,) tokens of padding before them end at `longest`, and `stop` ends a row."""
+        following = tokens.roll(-1, dims=1)  # the last one is yet to come
+        place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        nothing = (place <= pad[:, None]) | ((place > longest) & (tokens == stop))  # (B, T)
+        return torch.stack([following, (place - longest).masked_fill(nothing, NEVER)], dim=2)
+
+    def gate(self, hidden):
+        """l (B, T), before the sigmoid."""
+        return self.share.expand(hidden.shape[:2])
+
+    def attention(self, b, queries, hidden, statistics, knows):
+        """Share (q, n) of each of n remembered tokens, and the tokens (n,), at the positions
+        `queries` (q,) of row b. A position without memories gets zeros."""
+        near = knows[b].nonzero()[:, 0]
+        token, place = statistics[near].flatten(0, 1).unbind(1)  # (rows T,)
+        now = statistics[b, queries, 1, None]  # (q, 1)
+        if self.scope == "running":
+            known = place < now  # (q, rows T)
+        else:
+            known = (place < (0 if self.scope == "prompt" else NEVER)).expand(len(queries), -1)
+        ever = known.any(dim=0)
+        keys = hidden[near].flatten(0, 1)[ever]  # (n, C)
+        scores = hidden[b, queries] @ keys.T  # (q, C) @ (C, n) -> (q, n)
+        scores = scores.float() * (self.log_t.exp() / math.sqrt(hidden.shape[2]))
+        known = known[:, ever]
+        return scores.masked_fill(~known, -1e9).softmax(dim=1) * known, token[ever]
+
+    def recall(self, hidden, statistics, knows, targets, wanted):
+        """l (B, T) and the memory's probability of the targets (B, T), where `wanted` (B, T).
+
+        The transformer is not trained to be remembered: what is remembered is taken as it is.
+        """
+        hidden, zero = hidden.detach(), torch.zeros(targets.shape[1], 2, device=hidden.device)
+        rows = []
+        for b in range(len(hidden)):
+            queries = wanted[b].nonzero()[:, 0]
+            share, token = self.attention(b, queries, hidden, statistics, knows)
+            hit = token == targets[b, queries, None]  # (q, n)
+            both = torch.stack([share.sum(dim=1), (share * hit).sum(dim=1)], dim=1)  # (q, 2)
+            rows.append(zero.index_add(0, queries, both))
+        some, found = torch.stack(rows).unbind(2)  # (B, T): 1 or, without memories, 0; and theirs
+        return self.gate(hidden).float().sigmoid() * some, found
+
+    def forward(self, hidden, updates=(), knows=None, statistics=None, first=0):
+        """Log-probabilities (B, T - first, V) of the positions from `first` on; logits are the same
+        up to a constant."""
+        now = hidden[:, first:]
+        log_p = super().forward(now, updates).float().log_softmax(dim=2)
+        queries = torch.arange(first, hidden.shape[1], device=hidden.device)
+        remembered = []
+        for b in range(len(hidden)):
+            share, token = self.attention(b, queries, hidden, statistics, knows)
+            empty = torch.zeros_like(log_p[b])  # (q, V)
+            remembered.append(empty.index_add(1, token, share))  # (q, n) -> (q, V)
+        remembered = torch.stack(remembered)
+        share = self.gate(now).float().sigmoid()[:, :, None] * (remembered.sum(2, True) > 0)
+        return ((1 - share) * log_p.exp() + share * remembered).log()
+
+
+def read_together(index, members):
+    """Rows `index` (B,), then the `members` that are not among them, each once."""
+    others = members[~torch.isin(members, index)].unique()
+    return torch.cat([index, others])
+
+
+class CompanyCacheHead(CacheHead):
+    """Static LoRA on the head, and the cache that the requests of a cluster share.
+
+    rank (C + V) + C + 2 parameters, and a buffer (V,), the inverse document frequencies that
+    weigh tokens for clustering.
+    """
+
+    clustered_batches = True
+    controls = ("own prompt only", "shuffled", "other articles")
+
+    def __init__(self, weight, rank, alpha, scope="running"):
+        super().__init__(weight, scope)
+        V, C = weight.shape
+        self.scale = alpha / rank
+        self.lora_A, self.lora_B = lora_factors(C, V, rank, weight.device)
+        self.share_of = nn.Parameter(torch.zeros(C, device=weight.device))
+        self.register_buffer("idf", torch.ones(V, device=weight.device))
+
+    def updates(self, statistics=None):
+        return [Update(self.scale * self.lora_A, self.lora_B)]
+
+    def gate(self, hidden):
+        return hidden @ self.share_of + self.share  # (B, T, C) @ (C,) -> (B, T)
+
+    def fit_clusters(self, examples, k, generator):
+        """Cluster (N,) of the training examples; measures document frequencies on the way."""
+        documents = torch.zeros(len(self.idf))
+        for rows in torch.arange(len(examples)).split(1024):
+            documents += (self.prompt_counts(examples, rows) > 0).sum(dim=0)
+        self.idf.copy_(torch.log((len(examples) + 1) / (documents + 1)))
+        return self.group(examples, k, generator)
+
+    def prompt_counts(self, examples, index):
+        """How often each token stands in each prompt of the rows `index` (B,): (B, V)."""
+        V = len(self.idf)
+        tokens, mask = examples.prompts(index)
+        place = (torch.arange(len(index))[:, None] * V + tokens)[mask]
+        return torch.bincount(place, minlength=len(index) * V).view(-1, V)
+
+    def group(self, examples, k=None, generator=None):
+        """Cluster (N,) by k-means on tf-idf vectors, each first drawn towards its neighbours."""
+        if k is None:
+            raise UserError("--inference assign: company-cache keeps no centroids; use fit")
+        features = table(len(examples), len(self.idf))
+        for rows in torch.arange(len(examples)).split(1024):
+            count = self.prompt_counts(examples, rows)
+            features[rows] = F.normalize(count.float().log1p() * self.idf.cpu(), dim=1)
+        dtype = product_type(self.weight.device)
+        features = diffuse(features.to(self.weight.device), dtype)
+        cluster = kmeans(features, min(k, len(examples)), generator, dtype=dtype).cluster.cpu()
+        return cluster.unique(return_inverse=True)[1]
+
+
+def diffuse(features, dtype, neighbours=5, rounds=8):
+    """Features (N, V), of length 1, each replaced `rounds` times by the mean of its nearest.
+
+    Short prompts of one article share few words; those that share some bring the others together.
+    The graph of neighbours is made once, by N^2 V multiply-adds.
+    """
+    low, chunks = features.to(dtype), torch.arange(len(features)).split(512)
+    near = [(low[rows] @ low.T).float().topk(min(neighbours + 1, len(low)), dim=1)
+            for rows in chunks]  # (n, N) -> (n, m)
+    for _ in range(rounds):
+        mixed = torch.empty_like(features)
+        for rows, (weight, index) in zip(chunks, near, strict=True):
+            near_by = weight.clamp(min=0)[:, :, None] * features[index]  # (n, m, V)
+            mixed[rows] = F.normalize(near_by.sum(dim=1), dim=1)
+        features = mixed
+    return features

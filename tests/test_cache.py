@@ -1,0 +1,171 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cache import NEVER, CacheHead, CompanyCacheHead, diffuse
+from common import Run, adapt
+from data import IGNORE, Examples
+from files import UserError
+from model import GPT, GPTConfig, LMHead
+from scoring import Company, linear_cross_entropy, losses, score
+
+V, C = 12, 5
+
+
+def examples_of(lengths, prompts, seed=0):
+    lengths = np.array(lengths)
+    tokens = np.random.default_rng(seed).integers(0, V, lengths.sum())
+    start = np.cumsum(lengths) - lengths
+    return Examples(tokens, start, lengths, np.array(prompts), np.arange(len(lengths)))
+
+
+EXAMPLES = examples_of([14, 9, 14, 5, 11, 2], [4, 3, 6, 1, 2, 1])
+CLUSTER = torch.tensor([0, 1, 0, 1, 0, 2])
+
+
+def head_of(scope="running"):
+    torch.manual_seed(0)
+    head = CompanyCacheHead(torch.randn(V, C), 2, 4.0, scope)
+    for p in head.parameters():
+        if p is not head.weight:
+            torch.nn.init.normal_(p)
+    return head
+
+
+def model_of(head):
+    """A model whose last hidden states are a table look-up: two calls give the same."""
+    torch.manual_seed(1)
+    states = torch.nn.Embedding(V, C)
+    model = torch.nn.Module()
+    model.lm_head, model.hidden = head, lambda tokens, soft=None: states(tokens)
+    return model
+
+
+def test_parameters_are_loras_and_a_few():
+    head = CompanyCacheHead(torch.empty(50257, 768, device="meta"), 4, 8.0)
+    trained = sum(p.numel() for p in head.parameters() if p is not head.weight)
+    assert trained == 4 * (50257 + 768) + 768 + 2
+    cache = CacheHead(torch.empty(50257, 768, device="meta"))
+    assert sum(p.numel() for p in cache.parameters() if p is not cache.weight) == 2
+
+
+@pytest.mark.parametrize("scope", ["prompt", "running", "full"])
+@pytest.mark.parametrize("control", [None, "own prompt only"])
+def test_the_loss_equals_remembering_one_token_at_a_time(scope, control):
+    head = head_of(scope)
+    model, index = model_of(head), torch.tensor([4, 1, 0, 5])
+    company = Company(head, EXAMPLES, CLUSTER, control)
+    batch = company.batch(EXAMPLES, index)
+    rows = losses(model, *batch)[1]
+    assert len(rows) == len(batch[0]) and torch.equal(rows[4:], torch.zeros(len(rows) - 4))
+    states = model.hidden(torch.arange(V))  # of each token
+    for b, i in enumerate(index.tolist()):
+        tokens = EXAMPLES.tokens[EXAMPLES.start[i] :][: EXAMPLES.length[i]]
+        prompt, expected = EXAMPLES.prompt[i], 0.0
+        for t in range(prompt, len(tokens)):
+            h = states[tokens[t - 1]]
+            remembered, weights = torch.zeros(V), 0.0
+            for j in range(len(EXAMPLES)):
+                if j != i and (control or CLUSTER[j] != CLUSTER[i]):
+                    continue
+                mate = EXAMPLES.tokens[EXAMPLES.start[j] :][: EXAMPLES.length[j]]
+                for u in range(1, len(mate)):
+                    offset = u - EXAMPLES.prompt[j]
+                    limit = {"prompt": 0, "running": t - prompt, "full": NEVER}[scope]
+                    if offset < limit:
+                        score_of = head.log_t.exp() / math.sqrt(C) * (h @ states[mate[u - 1]])
+                        remembered[mate[u]] += score_of.exp()
+                        weights += score_of.exp()
+            share = torch.sigmoid(h @ head.share_of + head.share) if weights > 0 else 0.0
+            p = (LMHead.forward(head, h[None, None], head.updates())[0, 0]).softmax(dim=0)
+            remembered = remembered / weights if weights > 0 else remembered
+            expected -= torch.log((1 - share) * p + share * remembered)[tokens[t]]
+        torch.testing.assert_close(rows[b], expected.detach())
+
+
+def test_log_probabilities_agree_with_the_loss_and_sum_to_one():
+    head = head_of()
+    model, index = model_of(head), torch.arange(6)
+    inputs, targets, statistics, knows = Company(head, EXAMPLES, CLUSTER).batch(EXAMPLES, index)
+    log_p = head(model.hidden(inputs), head.updates(), knows, statistics)
+    torch.testing.assert_close(log_p.exp().sum(dim=2), torch.ones(log_p.shape[:2]))
+    nll = -log_p.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0] * (targets != IGNORE)
+    rows = losses(model, inputs, targets, statistics, knows)[1]
+    torch.testing.assert_close(nll.sum(dim=1).detach(), rows)
+
+
+def test_the_gradients_are_those_of_the_log_probabilities():
+    head = head_of()
+    model = model_of(head)
+    batch = Company(head, EXAMPLES, CLUSTER).batch(EXAMPLES, torch.arange(6))
+    inputs, targets, statistics, knows = batch
+    trained = [p for p in head.parameters() if p is not head.weight]
+    found = torch.autograd.grad(losses(model, *batch)[0], trained)
+    hidden = model.hidden(inputs)
+    log_p = head(hidden.detach(), head.updates(), knows, statistics)
+    nll = -log_p.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0]
+    expected = torch.autograd.grad(nll[targets != IGNORE].sum(), trained)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_odds_in_the_loss_pass_gradcheck():
+    torch.manual_seed(0)
+    hidden, weight, z, B = (torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+                            for shape in ((7, C), (V, C), (7, 2), (V, 2)))
+    odds = torch.rand(7, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(V, (7,))
+
+    def loss(hidden, weight, z, B, odds):
+        return linear_cross_entropy(hidden, weight, targets, [(z, B)], None, odds)[0]
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight, z, B, odds))
+    p = (hidden @ weight.T + z @ B.T).softmax(dim=1)[torch.arange(7), targets]
+    torch.testing.assert_close(loss(hidden, weight, z, B, odds), -(p + odds).log().sum())
+
+
+@pytest.mark.parametrize("control", [None, "own prompt only", "shuffled", "other articles"])
+def test_scores_do_not_depend_on_the_batches(control):
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(block_size=13, vocab_size=V, n_layer=1, n_head=1, n_embd=8))
+    plan = {"method": "company-cache", "rank": 2, "alpha": 4.0, "stat_scope": "running"}
+    model = adapt(base, plan)
+    for p in model.lm_head.parameters():
+        torch.nn.init.normal_(p)
+    run = Run(None, torch.device("cpu"), base=base)
+    generator = torch.Generator().manual_seed(0)
+    article = np.array([0, 0, 1, 1, 2, 2])
+    company = Company(model.lm_head, EXAMPLES, CLUSTER, control, generator, article)
+    whole = score(run, model, EXAMPLES, 6, company)[0]
+    for size in (1, 2, 4):
+        np.testing.assert_allclose(score(run, model, EXAMPLES, size, company)[0], whole, rtol=1e-5)
+
+
+def test_topics_are_grouped():
+    draw, rows = np.random.default_rng(0), []
+    for topic in draw.permutation(np.repeat(range(3), 10)):
+        rows.append(draw.integers(4 * topic, 4 * topic + 4, 12))
+    tokens, column = np.concatenate(rows), np.arange(30)
+    examples = Examples(tokens, 12 * column, np.full(30, 12), np.full(30, 8), column)
+    head = head_of()
+    cluster = head.fit_clusters(examples, 3, torch.Generator().manual_seed(0))
+    topic = torch.from_numpy(tokens[::12] // 4)
+    assert torch.equal(cluster[:, None] == cluster, topic[:, None] == topic)
+    with pytest.raises(UserError, match="assign"):
+        head.group(examples, None, None)
+
+
+def test_diffused_features_equal_a_slow_loop():
+    features = torch.nn.functional.normalize(torch.rand(40, 6, dtype=torch.float64), dim=1)
+    found = diffuse(features, torch.float64, neighbours=3, rounds=2)
+    similarity = features @ features.T
+    graph = torch.zeros_like(similarity)
+    for i in range(40):
+        for j in similarity[i].argsort(descending=True)[:4]:  # itself and 3 more
+            graph[i, j] = similarity[i, j]
+    expected = features
+    for _ in range(2):
+        expected = torch.nn.functional.normalize(graph @ expected, dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
