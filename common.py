@@ -19,7 +19,7 @@ import torch.distributed as dist
 from counts import CountsHead
 from data import Corpus, Tokenizer
 from files import UserError, read_tensors
-from flags import remembered
+from flags import METHODS, remembered
 from hypernet import ChameleonHead
 from model import GPT, GPTConfig, LoRAHead, add_lora
 
@@ -252,6 +252,23 @@ def adapt(base, plan):
 
 def adapter_path(run, method, seed):
     return run.folder / "adapters" / f"{method}-seed{seed}.safetensors"
+
+
+def adapter_paths(folder):
+    """Best checkpoints of a run's adapters, those of one method side by side."""
+    paths = [p for p in (folder / "adapters").glob("*.safetensors")
+             if not p.name.endswith((".last.safetensors", ".state.safetensors"))]
+    return sorted(paths, key=lambda p: (METHODS.index(p.name.split("-seed")[0]), p.name))
+
+
+def load_adapter(run, path):
+    """The base with the adapter in `path` on it, and the plan that trained it."""
+    tensors, plan = read_plan(path, "adapter")
+    if plan["base"] != run.base_fingerprint:
+        raise UserError(f"{path} was trained on another base than {run.folder}/base.safetensors")
+    model = adapt(run.base, plan)
+    load_weights(model, tensors, path)
+    return model.eval(), plan
 
 
 def read_records(folder):

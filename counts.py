@@ -90,8 +90,12 @@ class CountsHead(LoRAHead):
         scope = scope or self.scope
         index = np.asarray(index)
         tokens, real = examples.rows(index)
-        prompt = torch.from_numpy(examples.prompt[index, None])
-        offset = torch.arange(tokens.shape[1]) - prompt  # (B, W)
+        prompt, shown = (torch.from_numpy(column[index, None])
+                         for column in (examples.prompt, examples.shown))
+        place = torch.arange(tokens.shape[1])  # (W,)
+        offset = place - prompt  # (B, W)
+        if scope != "full":
+            real = real & ((place < shown) | (offset >= 0))
         segment = (offset.div(self.refresh, rounding_mode="floor") + 1).clamp(min=0)
         if scope != "running":
             real = real if scope == "full" else real & (offset < 0)

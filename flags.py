@@ -8,6 +8,8 @@ from files import UserError, read_json
 
 SIZES = ("nano", "small", "gpt2")  # model.py has their shapes
 METHODS = ("frozen", "lora", "chameleon", "counts")
+HUB_BASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of openai-community on the Hub
+CONDITIONS = ("instruction", "instruction+input")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -76,7 +78,9 @@ def train_parser():
         help=f"any of {','.join(METHODS)}")
     add("--seeds", type=seeds, default="0", metavar="N,N", help="one adapter of each method per "
         "seed: initial values, batches, k-means; the base is always trained with seed 0")
-    add("--base", default="scratch", help="scratch, or another run's base.safetensors")
+    add("--base", default="scratch", help=f"scratch; OpenAI's {', '.join(HUB_BASES)}, kept in "
+        "--data-dir; a folder with a GPT-2's config.json and model.safetensors (both with "
+        "--tokenizer gpt2; a small --block-size saves memory); or another run's base.safetensors")
     add("--size", choices=SIZES, help="of a base from scratch: nano 2.6M parameters, "
         "small 12M, gpt2 124M, at their vocabularies; time grows in proportion (default: nano, on "
         "CUDA small)")
@@ -111,6 +115,8 @@ def train_parser():
     add("--stat-scope", choices=("prompt", "running", "full"), help="tokens behind the statistics: "
         "the prompts', or (counts alone) also what the continuations hold so far; full LEAKS the "
         "tokens to be predicted and is there to show how much (default: running where possible)")
+    add("--condition", choices=CONDITIONS, default=CONDITIONS[1], help="what of an instruction's "
+        "prompt the statistics and the clusters see; the model always reads all of it")
     add("--refresh", type=number(int, 1), default=16, metavar="N", help="tokens after which the "
         "running scope counts again")
     add("--inference", choices=("fit", "assign"), default="fit", help="cluster held-out requests "
@@ -135,11 +141,22 @@ def eval_parser():
     add("--data-dir", help="where the data set lies (default: as in training)")
     add("--device", default="auto", choices=DEVICES, help="where to score")
     add("--dtype", choices=DTYPES, help="of matrix products (default: as in training)")
-    add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead")
+    add("--generations", type=number(int, 1), metavar="N", help="also continue N test "
+        "instructions, greedily, and compare with their responses (needs sacrebleu, rouge-score)")
+    add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead (- is "
+        "standard input); an answer depends on the other prompts in it")
+    add("--assign", action="store_true", help="with --prompts: answer each as if it were alone, by "
+        "the update of the nearest training cluster: no answer depends on the other prompts")
+    add("--clusters", type=number(int, 1), metavar="K", help="with --prompts: make K clusters "
+        "(default: of as many prompts as in training)")
+    add("--static", action="store_true", help="with --prompts: show static LoRA's answer too")
+    add("--base-only", action="store_true", help="with --prompts: show the frozen base's too")
+    add("--json", action="store_true", help="with --prompts: print JSON alone")
     add("--method", default="chameleon", help="with --prompts: the adapter that continues them")
     add("--seed", type=number(int, 0), default=0, help="with --prompts: the adapter's seed, and "
         "the sampler's")
-    add("--max-new-tokens", type=number(int, 1), default=60, help="with --prompts: length")
+    add("--max-new-tokens", type=number(int, 1), default=60, help="with --prompts and "
+        "--generations: length")
     add("--temperature", type=number(float, 0, 1e3), default=0.8,
         help="with --prompts: 0 is greedy")
     add("--top-k", type=number(int, 1), default=50, help="with --prompts: tokens to draw from")

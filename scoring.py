@@ -207,7 +207,7 @@ def held_out_company(run, model, examples, plan, inference, control=None):
     head = model.lm_head
     if not head.needs_statistics:
         return None
-    prompts = head.read(examples, model.transformer.wte)
+    prompts = head.read(examples.conditioned(plan), model.transformer.wte)
     k = max(1, round(len(examples) / plan["cluster_size"])) if inference == "fit" else None
     generator = torch.Generator().manual_seed(plan["seed"])
 

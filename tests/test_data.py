@@ -82,7 +82,8 @@ def slow_cut(documents, block_size):
 
 def index_of(documents):
     ends = np.cumsum([0] + [size for size, _ in documents])
-    return np.array(list(zip(ends, [named for _, named in documents] + [0], strict=True)))
+    named = [named for _, named in documents] + [0]
+    return np.array(list(zip(ends, named, [-(-n // 2) for n in named], strict=True)))
 
 
 running = st.tuples(st.integers(0, 50), st.just(0))
@@ -159,7 +160,7 @@ def test_encoded_documents_are_what_each_one_gives_alone(tmp_path):
         tokens, index = encode(corpus, split, tokenizer, tmp_path / "cache")
         assert isinstance(tokens, np.memmap)
         documents = list(corpus.documents(split))
-        assert len(index) == len(documents) + 1 and index[-1].tolist() == [len(tokens), 0]
+        assert len(index) == len(documents) + 1 and index[-1].tolist() == [len(tokens), 0, 0]
         for i, document in enumerate(documents):
             row = tokens[index[i, 0] : index[i + 1, 0]].tolist()
             prompt, text = row[: index[i, 1]], row[index[i, 1] :]
@@ -178,7 +179,7 @@ def test_a_response_changes_no_token_of_its_prompt(tmp_path):
     for answer in ("\n\n{}", "?", "é{} and much more"):
         corpus = corpus_of(tmp_path, mixed_records(answer)[:30])
         tokens, index = encode(corpus, "train", a_tokenizer(), tmp_path / "cache")
-        prompts.append([tokens[start : start + n].tolist() for start, n in index[:-1]])
+        prompts.append([tokens[start : start + n].tolist() for start, n, _ in index[:-1]])
     assert prompts[0] == prompts[1] == prompts[2] and len(prompts[0]) > 20
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import eval
+import prompts
 import train
 from data import Tokenizer
 from files import UserError, read_tensors
@@ -161,9 +162,9 @@ def test_instructions_are_scored_on_responses_and_asked_as_trained(
     entries = eval.main([str(folder)])
     assert {entry["test"]["n_tokens"] for entry in entries} != {0}
     asked = []
-    original = eval.generate
-    monkeypatch.setattr(eval, "generate", lambda model, prompts, *rest, **options:
-                        asked.extend(prompts) or original(model, prompts, *rest, **options))
+    original = prompts.generate
+    monkeypatch.setattr(prompts, "generate", lambda model, given, *rest, **options:
+                        asked.extend(given) or original(model, given, *rest, **options))
     (tmp_path / "prompts.txt").write_text("say river\n")
     eval.main([str(folder), "--prompts", str(tmp_path / "prompts.txt")])
     assert Tokenizer.load(folder / "tokenizer.json").decode(asked[0]) == "say river\n\n"

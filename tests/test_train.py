@@ -405,7 +405,7 @@ def test_another_tokenizer_is_refused(arguments, finished):
 
 
 @pytest.mark.parametrize("base, said", [
-    ("", "has finished"), ("adapters/lora-seed0.safetensors", "holds no base"),
+    ("", "no model.safetensors"), ("adapters/lora-seed0.safetensors", "holds no base"),
 ])
 def test_what_is_no_base_is_refused(base, said, arguments, finished, tmp_path):
     with pytest.raises(UserError, match=said):
