@@ -643,3 +643,35 @@ def test_a_closed_pipe_ends_quietly():
         process.stdout.close()  # as `| head` does
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+# ------------------------------------------------------------------------------------- condition
+
+
+def test_the_instruction_is_counted_up_to_the_token_that_holds_its_end(tmp_path):
+    records = [{"instruction": f"{prose(5, i)}.", "input": prose(4, i + 1), "output": "so"}
+               for i in range(20)] + [{"instruction": prose(3, i), "output": "so"}
+                                      for i in range(20, 40)]
+    tokenizer = a_tokenizer()
+    corpus = corpus_of(tmp_path, records)
+    tables = load_examples(corpus, tokenizer, 200, tmp_path / "cache")
+    for split in SPLITS:
+        table = tables[split]
+        seen = table.conditioned({"condition": "instruction"})
+        assert table.conditioned({}) is table
+        assert table.conditioned({"condition": "instruction+input"}) is table
+        for i, document in enumerate(corpus.documents(split)):
+            instruction = document.prompt[: document.instruction]
+            tokens, mask = seen.prompts([i])
+            shown = tokenizer.decode(tokens[0][mask[0]].tolist())
+            # The token that ends the instruction may hold a line's end too, and nothing else.
+            assert shown.rstrip("\n") == instruction
+            assert torch.equal(seen.rows([i])[0], table.rows([i])[0])  # the model reads all of it
+            assert all(map(torch.equal, seen.batch([i]), table.batch([i])))
+
+
+def test_a_corpus_keeps_the_fingerprint_that_earlier_runs_remember(tmp_path):
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"instruction": f"ask {i}", "input": "é", "output": "x"})
+                            + "\n" for i in range(5)))
+    assert Corpus(str(path), "data").fingerprint == "9df0bec219b4cbf8"

@@ -171,3 +171,23 @@ def test_an_edited_word_moves_no_score_of_another_row(method, form, scope, tmp_p
         assert (before[others] != after[others]).any()
     else:
         assert np.array_equal(before[others], after[others])
+
+
+@pytest.mark.parametrize("method, scope", [
+    ("chameleon", "prompt"), ("counts", "prompt"), ("counts", "running")])
+@pytest.mark.parametrize("condition", ["instruction", "instruction+input"])
+def test_under_a_condition_statistics_and_clusters_do_not_see_the_input(method, scope, condition):
+    base, tokens = tiny_base(), np.random.default_rng(0).integers(0, V, (N, T + 1))
+    model, plan = trained(base, method, scope=scope, examples=table(tokens))
+    plan["condition"] = condition
+    told = []
+    for _ in range(2):
+        rows = table(tokens)
+        rows.prompt[:] = T // 2  # of which the input is the second half
+        rows.instruction = np.full(N, T // 4)
+        company = held_out_company(RUN, model, rows, plan, "fit")
+        told.append((company.cluster, company.told(torch.arange(N))[0]))
+        tokens[:, T // 4 : T // 2] = (tokens[:, T // 4 : T // 2] + 1) % V
+    (cluster, before), (again, after) = told
+    same = torch.equal(cluster, again) and torch.equal(before, after)
+    assert same == (condition == "instruction")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import scoring
 import train
 from data import IGNORE, Examples
-from files import UserError
+from files import UserError, read_tensors, write_tensors
 from flags import METHODS
 from hypernet import ChameleonHead
 from model import GPT, GPTConfig, LMHead, LoRAHead
@@ -557,3 +557,16 @@ def test_out_of_memory_names_the_flags_that_help(raised, arguments, monkeypatch)
     with pytest.raises(UserError, match="--base-batch-size and double --accumulate") as error:
         train.main(arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_condition_needs_instructions_and_adapters_of_before_had_none(arguments, finished):
+    with pytest.raises(UserError, match="has no instructions"):
+        train.main([*arguments, "--condition", "instruction"])
+    train.main([*arguments, "--methods", "chameleon"])
+    path = finished / "adapters" / "chameleon-seed0.safetensors"
+    tensors, info = read_tensors(path)
+    del info["plan"]["condition"]
+    write_tensors(path, tensors, info)
+    before = path.read_bytes()
+    train.main([*arguments, "--methods", "chameleon"])  # found as it was, not trained again
+    assert path.read_bytes() == before
