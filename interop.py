@@ -61,7 +61,9 @@ def find_gpt2(base, data_dir):
         repository = f"openai-community/{base}"
         try:
             from huggingface_hub import hf_hub_download
+            from huggingface_hub.utils import logging
 
+            logging.set_verbosity_error()  # its retries; what came of them is told below
             for name in missing:
                 hf_hub_download(repository, name, local_dir=folder)
         except Exception as error:  # whatever went wrong on the way, there are two ways out

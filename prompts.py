@@ -157,7 +157,8 @@ def continue_prompts(run, config, args):
     if args.json:
         print(json.dumps({
             "method": args.method, "seed": args.seed, "clusters": groups if adapted else [],
-            "depends_on_batch_mates": adapted and not args.assign and len(texts) > 1,
+            "depends_on_batch_mates":  # a draw depends on the draws before it
+                (adapted or args.temperature > 0) and not args.assign and len(texts) > 1,
             "answers": shown}, indent=2))
         return found
     for group in groups:
