@@ -1,26 +1,21 @@
 """GPT-2's published weights in, transformers' and PEFT's files out and in, without either of them.
 
-Three layouts, all of them safetensors and JSON, so that nothing here executes or unpickles:
+All of it is safetensors and JSON: nothing here executes or unpickles. GPT-2 was published with
+its linear layers (in, out) (`Conv1D`); this project has torch's (out, in).
 
-    a model      config.json, model.safetensors      what transformers' AutoModelForCausalLM opens
-    a LoRA       adapter_config.json, adapter_model.safetensors          what peft's PeftModel opens
-    an adapter   NAME.safetensors of a run folder, heads that PEFT has no words for included
+The adapters of a run folder, heads that PEFT has no words for included, have a layout of their
+own: tensors under the names of the model's parameters and buffers,
 
-The first keeps the weights of attention and MLP as GPT-2 was published, (in, out) (`Conv1D`), where
-this project has torch's (out, in). The last is this project's own, and read and written by
-`files.py` and `common.py`: tensors under the names of the model's parameters, and in the file's
-header, as JSON under "info",
+    transformer.h.I.PART.lora_A (r, in), .lora_B (out, r)                     each linear layer
+    lm_head.lora_A (r, C), .lora_B (V, r)                                         lora, counts
+    lm_head.gate (2, C), .gate_bias, .log_mass (2,), .frequency, .idf (V,)              counts
+    lm_head.hypernetwork.layers.{0,2,4}.weight and .bias, lm_head.center,
+        .spread (C,), .centroids (K, C)                                              chameleon
 
-    version   of this layout, 1; any other is refused
-    plan      method, rank, alpha, seed, ... of the training; plan["base"] is the fingerprint of the
-              base's shape and weights, and any other base is refused
-    done      step, tokens, seconds and the best validation loss of the training
-
-`transformer.h.I.PART.lora_A` (r, in) and `.lora_B` (out, r) for each linear layer; then for `lora`
-and `counts` `lm_head.lora_A` (r, C), `.lora_B` (V, r); for `counts` also `.gate` (2, C),
-`.gate_bias`, `.log_mass` (2,), `.frequency`, `.idf` (V,); for `chameleon`
-`lm_head.hypernetwork.layers.{0,2,4}.weight` and `.bias`, `.center`, `.spread` (C,), and
-`.centroids` (K, C).
+and in the file's header, as JSON under "info", the version of this layout (1; any other is
+refused), the plan of the training (method, rank, alpha, seed, ...; its "base" is a fingerprint of
+the base's shape and weights, and any other base is refused), and what was done (step, tokens,
+seconds, best validation loss). `files.py` and `common.py` write and read it.
 """
 
 import copy
@@ -33,7 +28,7 @@ from flags import HUB_BASES
 from model import GPT, GPTConfig, LoRAHead, LoRALinear
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out)
-# What config.json may say of everything that this GPT cannot do otherwise; its own value first.
+# What config.json may say where this GPT has no choice; first what it writes itself.
 FIXED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True,), "scale_attn_weights": (True,),
@@ -80,7 +75,7 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     given = read_json(path)
     if not isinstance(given, dict) or given.get("model_type") != "gpt2":
-        raise UserError(f"{path} is not the config.json of a GPT-2")
+        raise UserError(f"{path} is not that of a GPT-2")
     for key, values in FIXED.items():
         if given.get(key, values[0]) not in values:
             raise UserError(f"{path}: {key} is {given[key]!r}; this GPT has {values[0]!r} alone")
@@ -133,11 +128,10 @@ def save_hf(model, folder, statistics=None):
     """Write a GPT, adapters merged, to a folder for transformers' AutoModelForCausalLM.
 
     `model` stays as it is. LoRA in the transformer is added to the weights written; an update of
-    the head makes a head of its own (V, C), no longer tied to the token embedding. A head that
-    is told statistics has one update per cluster, so statistics (1, C) must say for which. The
-    last token of the vocabulary is named as the one that ends a text, as it is in both tokenizers
-    here. Raises ValueError for statistics that are missing, and for `counts`, whose update has a
-    bias that a GPT-2 has no place for.
+    the head makes a head (V, C) that is no longer tied to the token embedding. A head that is told
+    statistics has an update per cluster: statistics (1, C) say for which. The last token ends a
+    text, as in both tokenizers here. Raises ValueError for missing statistics, and for `counts`,
+    whose update has a bias that a GPT-2 has no place for.
     """
     head, config = model.lm_head, model.config
     if head.needs_statistics and (statistics is None or len(statistics) != 1):
@@ -179,11 +173,10 @@ VARIANTS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_
 def save_peft(model, folder, head=True):
     """Write the model's LoRA to a folder for peft's `PeftModel.from_pretrained`.
 
-    The head's static LoRA goes along as the target "lm_head", which peft adds to the tied head's
-    output as it is done here; never merge it there, W is the token embedding too (`save_hf` writes
-    a merged model). PEFT has no place for the heads that are told statistics: head=False writes
-    the transformer's LoRA alone. Raises ValueError without that, for a model without LoRA, and
-    after merge_lora.
+    The head's static LoRA goes along as the target "lm_head". Never merge it there: W is the token
+    embedding too (`save_hf` writes a merged model). PEFT has no place for heads that are told
+    statistics; head=False writes the transformer's LoRA alone. Raises ValueError where that is not
+    asked for, for a model without LoRA, and after merge_lora.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers or any(layer.merged for layer in layers.values()):

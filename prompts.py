@@ -1,14 +1,13 @@
 """A batch of prompts in: clusters, one update for each, and a continuation for each prompt.
 
-An answer depends on its batch mates. The head is adapted to a cluster, and who is in a prompt's
-cluster is decided by what else is asked at the same time: the same prompt in other company gets
-another update, and may get another answer. A prompt that comes alone is served by the nearest
-training cluster, from what is stored with the weights (`counts`, which stores no clusters, by its
-own words); `--assign` answers every prompt in this way, each by itself, so that neither the
-statistic nor a draw nor a rounding depends on the others.
+AN ANSWER DEPENDS ON ITS BATCH MATES. The head is adapted to a cluster, and a prompt's cluster is
+made of what else is asked at the same time: the same prompt in other company gets another
+update, and may get another answer. A prompt alone is served by its nearest training cluster, from
+what is stored with the weights (`counts`, which stores no clusters, by its own words); `--assign`
+answers every prompt so, each by itself: no statistic, draw or rounding depends on the others.
 
-While it generates, `counts` knows the words of the prompts; it does not refresh them, as the
-running scope does in scoring, by what has been generated.
+`counts` goes by the words of the prompts here; what is generated is not counted, as the running
+scope does in scoring.
 """
 
 import copy
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from common import adapter_path, adapter_paths, label, load_adapter
-from data import RESPONSE, Examples
+from data import END, RESPONSE, Examples
 from files import UserError
 from model import generate, merge_lora
 from scoring import held_out_company
@@ -68,7 +67,7 @@ def rows_of(run, plan, prompts):
 
 
 def open_method(run, method, seed):
-    """A model that may be merged and converted, and the plan that trained it."""
+    """A model that `decode` may change, and the plan that trained it."""
     if method == "frozen":
         return copy.deepcopy(run.base).eval(), {"method": "frozen"}
     path = adapter_path(run, method, seed)
@@ -78,27 +77,28 @@ def open_method(run, method, seed):
     return load_adapter(run, path)
 
 
-def prepare(run, model):
-    """For generation: merged, and converted once; autocast would convert W for each token."""
-    merge_lora(model)
-    model.transformer.to(run.dtype)
-
-
 def answers(run, args, method, prompts):
     """New token ids of each prompt, and each prompt's cluster, None for a head that has none."""
     model, plan = open_method(run, method, args.seed)
     batches = [[prompt] for prompt in prompts] if args.assign else [prompts]
     told = [adapt_to(run, model, plan, batch, args.inference, args.clusters) for batch in batches]
-    prepare(run, model)
-    found, clusters = [], []
-    for i, (batch, (requests, cluster)) in enumerate(zip(batches, told, strict=True)):
-        found += generate(
-            model, batch, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-            stop_token=run.tokenizer.end, **requests,
-            generator=torch.Generator(run.device).manual_seed(args.seed))
-        alone = args.assign and requests and not hasattr(model.lm_head, "assigned")
-        clusters += [i] if alone else cluster.tolist()
-    return found, clusters if model.lm_head.needs_statistics else None
+    found = []
+    for batch, (requests, _) in zip(batches, told, strict=True):
+        found += decode(run, model, batch, args.max_new_tokens, temperature=args.temperature,
+                        top_k=args.top_k, **requests,
+                        generator=torch.Generator(run.device).manual_seed(args.seed))
+    if not model.lm_head.needs_statistics:
+        return found, None
+    if args.assign and not hasattr(model.lm_head, "assigned"):
+        return found, list(range(len(prompts)))
+    return found, torch.cat([cluster for _, cluster in told]).tolist()
+
+
+def decode(run, model, prompts, max_new_tokens, **options):
+    """`generate`, merged and in the run's type: autocast would convert W for each token."""
+    merge_lora(model)
+    model.transformer.to(run.dtype)
+    return generate(model, prompts, max_new_tokens, stop_token=run.tokenizer.end, **options)
 
 
 def read_prompts(name):
@@ -147,9 +147,9 @@ def continue_prompts(run, config, args):
                                  ("base_only", args.base_only, "frozen")):
         if wanted:
             beside[name] = answers(run, args, method, prompts)[0]
-    decode = run.tokenizer.decode
-    shown = [{"prompt": text, "cluster": own, "continuation": decode(new)}
-             | {name: decode(rows[i]) for name, rows in beside.items()}
+    text_of = run.tokenizer.decode
+    shown = [{"prompt": text, "cluster": own, "continuation": text_of(new)}
+             | {name: text_of(rows[i]) for name, rows in beside.items()}
              for i, (text, own, new) in enumerate(zip(texts, cluster, found, strict=True))]
     groups = [{"cluster": c, "prompts": (members := [i for i in range(len(texts))
                                                      if cluster[i] == c]),
@@ -213,20 +213,17 @@ def score_generations(run, args, compare):
     rows = Examples(test.tokens, start, prompt, prompt, test.article[chosen],
                     instruction=test.instruction[chosen])
     prompts = [test.tokens[a : a + n].tolist() for a, n in zip(start, prompt, strict=True)]
-    wanted = [run.tokenizer.decode([t for t in test.tokens[a + n : a + m].tolist()
-                                    if t != run.tokenizer.end])
+    wanted = [run.tokenizer.decode(test.tokens[a + n : a + m].tolist()).removesuffix(END)
               for a, n, m in zip(start, prompt, end, strict=True)]
     entries = []
     for path in (None, *adapter_paths(run.folder)):
         model, plan = load_adapter(run, path) if path else open_method(run, "frozen", 0)
         requests, _ = adapt_to(run, model, plan, rows, args.inference)
-        prepare(run, model)
-        found = []
+        texts = []
         for turn in torch.arange(len(prompts)).split(args.batch_size):
             told = requests and requests | {"cluster": requests["cluster"][turn]}
-            found += generate(model, [prompts[i] for i in turn], args.max_new_tokens,
-                              stop_token=run.tokenizer.end, **told)
-        texts = [run.tokenizer.decode(new) for new in found]
+            found = decode(run, model, [prompts[i] for i in turn], args.max_new_tokens, **told)
+            texts += [run.tokenizer.decode(new) for new in found]
         entries.append({"name": label(plan), "seed": plan.get("seed", 0),
                         "n": len(texts), **compare(texts, wanted)})
     lines = ["| method | seed | BLEU | ROUGE-L |", "| --- | ---: | ---: | ---: |"]

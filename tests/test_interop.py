@@ -173,7 +173,7 @@ def test_greedy_generation_equals_transformers_for_prompts_of_different_lengths(
     (lambda t: None, {"n_layer": 1}, "h.1.attn.c_attn.bias has no place"),
     (lambda t: None, {"n_positions": 16}, "wpe.weight has shape"),
     (lambda t: t.update({"lm_head.weight": torch.zeros(V, C)}), {}, "not the token embedding"),
-    (lambda t: None, {"model_type": "llama"}, "not the config.json of a GPT-2"),
+    (lambda t: None, {"model_type": "llama"}, "not that of a GPT-2"),
     (lambda t: None, {"activation_function": "relu"}, "activation_function is 'relu'"),
     (lambda t: None, {"tie_word_embeddings": False}, "tie_word_embeddings"),
     (lambda t: None, {"n_embd": "wide"}, "whole numbers"),
