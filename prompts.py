@@ -41,7 +41,7 @@ def adapt_to(run, model, plan, prompts, inference=None, n_clusters=None):
         prompts = rows_of(run, plan, prompts)
     if not head.needs_statistics:
         return {}, torch.zeros(len(prompts), dtype=torch.int64)
-    if len(prompts) == 1 and hasattr(head, "assigned"):
+    if len(prompts) == 1 and head.clustered_batches:  # else it has no training clusters
         cluster, statistics = head.assigned(
             head.read(prompts.conditioned(plan), model.transformer.wte))
         which = torch.zeros_like(cluster)
@@ -89,7 +89,7 @@ def answers(run, args, method, prompts):
                         generator=torch.Generator(run.device).manual_seed(args.seed))
     if not model.lm_head.needs_statistics:
         return found, None
-    if args.assign and not hasattr(model.lm_head, "assigned"):
+    if args.assign and not model.lm_head.clustered_batches:
         return found, list(range(len(prompts)))
     return found, torch.cat([cluster for _, cluster in told]).tolist()
 
