@@ -18,10 +18,12 @@ class PerSampleHead(ChameleonHead):
     """A hyper-network that reads one example at a time: every request is its own cluster.
 
     As Hyperdecoders (Ivison & Peters 2022), which write adapters for each input; simplified to
-    the head and to chameleon's network and statistic.
+    the head and to chameleon's network and statistic. Told the instruction alone (--condition
+    instruction) it is "task-embedding", a hyper-network that reads a description of the task.
     """
 
-    clustered_batches, controls = False, ("shuffled", "constant")
+    clustered_batches = stores_clusters = False
+    controls = ("shuffled", "constant")
 
     def fit_clusters(self, prompts, k, generator):
         super().fit_clusters(prompts, 1, generator)

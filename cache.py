@@ -60,9 +60,12 @@ class CacheHead(LMHead):
         """
         rows = read_together(index, members)
         tokens, real = examples.rows(rows)
-        place = torch.arange(tokens.shape[1]) - torch.from_numpy(
-            examples.prompt[rows.numpy(), None])
-        statistics = torch.stack([tokens, place.masked_fill(~real, NEVER)], dim=2)[:, 1:]
+        prompt, shown = (torch.from_numpy(column[rows.numpy(), None])
+                         for column in (examples.prompt, examples.shown))
+        place = torch.arange(tokens.shape[1])  # (T + 1,)
+        real &= (place < shown) | (place >= prompt)
+        place = (place - prompt).masked_fill(~real, NEVER)
+        statistics = torch.stack([tokens * real, place], dim=2)[:, 1:]  # (B, T, 2)
         where = torch.zeros(len(examples), dtype=torch.int64)
         where[rows] = torch.arange(len(rows))
         knows = torch.zeros(len(rows), len(rows), dtype=torch.bool)

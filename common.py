@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 from baselines import MaskedHead, PerSampleHead, PromptTuningHead, ScaledHead
 from cache import CacheHead, CompanyCacheHead
-from counts import CountsHead
 from data import Corpus, Tokenizer
 from files import UserError, read_tensors, whole_file
 from flags import CONTROLS, METHODS, remembered
@@ -266,11 +265,9 @@ def make_head(weight, plan):
             return LoRAHead(*factors)
         case "chameleon":
             return ChameleonHead(*factors, plan["head_form"], **told)
-        case "counts":
-            return CountsHead(*factors, plan["stat_scope"], plan["refresh"])
         case "company-cache":
             return CompanyCacheHead(*factors, plan["stat_scope"])
-        case "per-sample":
+        case "per-sample" | "task-embedding":
             return PerSampleHead(*factors, plan["head_form"], **told)
         case "scaled":
             return ScaledHead(*factors, **told)

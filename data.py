@@ -21,9 +21,8 @@ import json
 import os
 import re
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,11 +41,14 @@ HUB = {
 }
 
 
-class Document(NamedTuple):
+@dataclass
+class Document:
     key: str  # documents with the same key are kept in one split
     prompt: str  # "" in running text
     text: str
     split: str | None = None  # None: not split by its publisher
+    # Characters of the prompt that are the instruction; not part of what is fingerprinted.
+    instruction: int = field(default=0, repr=False)
 
 
 # ------------------------------------------------------------------------------------- sources
@@ -155,8 +157,9 @@ def record_document(record, where):
         ) from None
     if not instructs:
         return Document(fields["text"], "", fields["text"])
-    prompt = "\n".join(filter(None, (texts[0].strip(), texts[1].strip())))
-    return Document(prompt, prompt + RESPONSE, texts[2].strip())
+    instruction = texts[0].strip()
+    prompt = "\n".join(filter(None, (instruction, texts[1].strip())))
+    return Document(prompt, prompt + RESPONSE, texts[2].strip(), None, len(instruction))
 
 
 def fetch(name, folder):
@@ -340,9 +343,10 @@ class Tokenizer:
 def encode(corpus, split, tokenizer, cache):
     """Tokenise one split into files under `cache`, unless they are there; return them mapped.
 
-    Returns tokens (all documents, one after the other) and an index (D + 1, 2): each document's
-    first token and its number of prompt tokens, 0 in running text. The files' name is a hash of
-    the text, the tokenizer and this very file, so that none of them can change unnoticed.
+    Returns tokens (all documents, one after the other) and an index (D + 1, 3): each document's
+    first token, its number of prompt tokens and how many of these begin in the instruction, 0 in
+    running text. The files' name is a hash of the text, the tokenizer and this very file, so
+    that none of them can change unnoticed.
     """
     key = f"{corpus.fingerprint} {tokenizer.fingerprint} {split}".encode()
     name = hashlib.sha256(key + Path(__file__).read_bytes()).hexdigest()[:16]
@@ -350,17 +354,21 @@ def encode(corpus, split, tokenizer, cache):
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     if not is_whole(flat, index, np.dtype(dtype).itemsize):
         written, rows = 0, []
+        sizes = tokenizer.bytes_per_token().numpy() if corpus.instructions else np.zeros(0)
         with whole_file(flat) as temporary, open(temporary, "wb") as file:
             for batch in batched(corpus.documents(split), size=1 << 22):
                 prompts = tokenizer.encode_batch([document.prompt for document in batch])
                 texts = tokenizer.encode_batch([document.text for document in batch])
-                for prompt, text in zip(prompts, texts, strict=True):
+                for document, prompt, text in zip(batch, prompts, texts, strict=True):
                     # A response says where it ends; running text goes on in its next row.
                     tokens = prompt + text + [tokenizer.end] if prompt else text
-                    rows.append((written, len(prompt)))
+                    n_bytes = len(document.prompt[: document.instruction].encode())
+                    # A token may hold an instruction's last character and what follows it.
+                    begin = sizes[prompt].cumsum() - sizes[prompt] if prompt else np.zeros(0)
+                    rows.append((written, len(prompt), int((begin < n_bytes).sum())))
                     written += len(tokens)
                     file.write(np.array(tokens, dtype=dtype).tobytes())
-        rows.append((written, 0))
+        rows.append((written, 0, 0))
         with whole_file(index) as temporary, open(temporary, "wb") as file:
             np.save(file, np.array(rows, dtype=np.int64))
     rows = np.load(index)
@@ -408,6 +416,17 @@ class Examples:
     article: np.ndarray  # (N,)
     dropped: int = 0  # documents whose prompt left no room for a continuation
     states: torch.Tensor | None = None  # (all tokens, C), what `batch` gives in place of tokens
+    instruction: np.ndarray | None = None  # (N,), prompt tokens of it alone; None: all of them
+    shown: np.ndarray | None = None  # (N,), prompt tokens that statistics and clusters see
+
+    def __post_init__(self):
+        self.shown = self.prompt if self.shown is None else self.shown
+
+    def conditioned(self, plan):
+        """The same rows, of which an adapter's statistics and clusters see what its plan says."""
+        if plan.get("condition") != "instruction" or self.instruction is None:
+            return self
+        return replace(self, shown=self.instruction)
 
     def __len__(self):
         return len(self.start)
@@ -427,9 +446,9 @@ class Examples:
         rows, real = self.rows(index)
         if scope == "full":
             return rows, real
-        prompt = torch.from_numpy(self.prompt[np.asarray(index)])
-        width = int(prompt.max())
-        return rows[:, :width], torch.arange(width) < prompt[:, None]
+        shown = torch.from_numpy(self.shown[np.asarray(index)])
+        width = int(shown.max())
+        return rows[:, :width], torch.arange(width) < shown[:, None]
 
     def batch(self, index, whole=False):
         """Inputs (B, W) and targets (B, W), which are IGNORE outside the continuation.
@@ -466,9 +485,12 @@ def cut(tokens, documents, block_size):
     start = start[article] + row * width
     length = np.minimum(end[article] - start, width)
     prompt = np.where(given[article] > 0, given[article], np.maximum(1, length // 4))
+    instruction = documents[:-1, 2][article]
+    instruction = np.where(instruction > 0, instruction, prompt)
     kept = prompt < length  # leaves out rows of one token, and prompts that fill the row
     table = (column[kept] for column in (start, length, prompt, article))
-    return Examples(tokens, *table, dropped=int((~kept & (given[article] > 0)).sum()))
+    return Examples(tokens, *table, dropped=int((~kept & (given[article] > 0)).sum()),
+                    instruction=instruction[kept])
 
 
 def load_examples(corpus, tokenizer, block_size, cache):

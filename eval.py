@@ -14,7 +14,7 @@ import platform
 import time
 from pathlib import Path
 
-from files import UserError, run_cli, whole_file, write_json, write_text
+from files import run_cli, whole_file, write_json, write_text
 from flags import CONTROLS, eval_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common import (adapter_path, adapter_paths, choose_device, keep_freed_memory, label,
-                    load_adapter, memory_advice, open_corpus, open_run, read_records, share_trunk,
-                    wait)
-from data import RESPONSE, Examples, load_examples
-from model import HeadAlone, generate, merge_lora
+from common import (adapter_paths, choose_device, keep_freed_memory, label, load_adapter,
+                    memory_advice, open_corpus, open_run, read_records, share_trunk, wait)
+from data import load_examples
+from model import HeadAlone
+from prompts import continue_prompts, score_generations, text_metrics
 from scoring import held_out_company, score, scored_bytes, summed
 from study import sweep
 
@@ -76,7 +76,7 @@ def latency(run, model, company, batch_size=32):
     if company is not None:
         index = torch.arange(min(batch_size, len(company.cluster)))
         statistics, cluster = company.told(index)
-        cluster = (cluster if cluster.dim() == 1 else cluster[:, -1]).to(run.device)
+        cluster = cluster.to(run.device)
         updates = [u.of(cluster) for u in head.updates(statistics.to(run.device))]
         hidden = hidden[: len(index)]
     updates = [u._replace(A=u.A.to(run.dtype), B=u.B.to(run.dtype)) for u in updates]
@@ -317,60 +317,6 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
     figure.savefig(path, dpi=150)
 
 
-# ------------------------------------------------------------------------------------- prompts
-
-
-def continue_prompts(run, config, args):
-    """Cluster the prompts of a file, adapt the head to each cluster, continue each prompt."""
-    try:
-        lines = Path(args.prompts).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {args.prompts}: {error}") from None
-    texts = [line for line in lines if line.strip()]
-    if not texts:
-        raise UserError(f"--prompts {args.prompts}: the file has no prompt, one a line")
-    # The model is asked as it was trained: an instruction ends with what announces the response.
-    end = RESPONSE if config.get("instructions") else ""
-    prompts = [run.tokenizer.encode(text + end) for text in texts]
-    context = run.base.config.block_size
-    for text, prompt in zip(texts, prompts, strict=True):
-        if len(prompt) >= context:
-            raise UserError(f"--prompts: {text[:40]!r}... has {len(prompt)} tokens and the model "
-                            f"reads {context} at most, prompt and continuation; shorten it")
-    if args.method == "frozen":
-        model, plan = run.base.eval(), {"method": "frozen"}
-    else:
-        path = adapter_path(run, args.method, args.seed)
-        if not path.exists():
-            raise UserError(f"--method {args.method} --seed {args.seed}: {path} does not exist; "
-                            f"there is {', '.join(p.stem for p in adapter_paths(run.folder))}")
-        model, plan = load_adapter(run, path)
-    length = np.array([len(prompt) for prompt in prompts])
-    company = held_out_company(  # rows that are all prompt
-        run, model, Examples(np.concatenate(prompts), length.cumsum() - length, length, length,
-                        np.arange(len(length))), plan, args.inference or plan.get("inference"))
-    requests = {}
-    if company:
-        statistics, cluster = company.told(torch.arange(len(prompts)))
-        cluster = cluster if cluster.dim() == 1 else cluster[:, -1]
-        requests = {"statistics": statistics.to(run.device), "cluster": cluster.to(run.device)}
-    merge_lora(model)
-    model.transformer.to(run.dtype)  # once: autocast would convert each weight for each token
-    continuations = generate(
-        model, prompts, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-        stop_token=run.tokenizer.end, **requests,
-        generator=torch.Generator(run.device).manual_seed(args.seed))
-    groups = company.cluster.tolist() if company else [0] * len(texts)
-    for group in sorted(set(groups)):
-        if company:
-            members = groups.count(group)
-            print(f"\n# cluster {group + 1}: {members} prompt{'s' * (members > 1)}, one update")
-        for text, tokens, mine in zip(texts, continuations, groups, strict=True):
-            if mine == group:
-                print(f"\n{text}[{run.tokenizer.decode(tokens)}]")
-    return continuations
-
-
 # ---------------------------------------------------------------------------------------- main
 
 
@@ -382,6 +328,7 @@ def main(argv=None):
     run, config = open_run(folder, choose_device(args.device)[0], args.dtype)
     if args.prompts is not None:
         return continue_prompts(run, config, args)
+    metrics = text_metrics(config) if args.generations else None
     corpus = open_corpus(
         config["args"]["dataset"], args.data_dir or config["args"]["data_dir"], config)
     run.examples = load_examples(
@@ -399,11 +346,16 @@ def main(argv=None):
         if part and (trunk == "shared" or len(part) > 1 or len(part) == len(entries)):
             text += f"## {title}\n\n{make_table(part, losses, test)}\n"
     text += make_notes(run, config, entries)
+    generations = []
+    if metrics:
+        generations, more = score_generations(run, args, metrics)
+        text += more
     write_text(folder / "results.md", text)
     write_json(folder / "results.json", {
         "args": {key: value for key, value in config["args"].items() if key != "data_dir"},
         "data": config["data"], "torch": torch.__version__,
         "python": platform.python_version(), "machine": platform.machine(), "entries": entries,
+        "generations": generations,
     })
     with whole_file(folder / "losses.npz") as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **losses)

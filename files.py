@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+FORMAT = 1  # of the files that write_tensors writes; those that do not say have this one
+
+
 class UserError(Exception):
     """Something that the user can put right; the message says what is wrong and what to do."""
 
@@ -68,26 +71,44 @@ def read_json(path):
         raise UserError(f"{path} is damaged: not JSON ({error})") from None
 
 
-def write_tensors(path, tensors, info):
-    """Save a dict of tensors and, in the header of the same file, a JSON-able dict `info`."""
+def write_tensors(path, tensors, info=None):
+    """Save a dict of tensors and, in the header of the same file, a JSON-able dict `info`.
+
+    Without `info` the file is what others write, transformers among them.
+    """
     from safetensors.torch import save_file
 
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry: safetensors writes several in any order, and equal files should be equal bytes.
+    header = {"format": "pt"}
+    if info is not None:
+        header = {"info": json.dumps({"version": FORMAT} | info)}
     with whole_file(path) as temporary:
-        save_file(flat, temporary, metadata={"info": json.dumps(info)})
+        save_file(flat, temporary, metadata=header)
 
 
-def read_tensors(path, device="cpu"):
-    """Return `(tensors, info)` as `write_tensors` saved them; `UserError` if that cannot be."""
+@contextmanager
+def tensor_file(path, device="cpu"):
+    """Open anyone's safetensors file, to be read tensor by tensor; `UserError` if it cannot be."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            info = json.loads((file.metadata() or {})["info"])
-            return {name: file.get_tensor(name) for name in file.keys()}, info
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except KeyError:
-        raise UserError(f"{path} was not written by train.py: its header has no 'info'") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged, cut short or no safetensors file ({error})") from None
+
+
+def read_tensors(path, device="cpu"):
+    """Return `(tensors, info)` as `write_tensors` saved them; `UserError` if that cannot be."""
+    with tensor_file(path, device) as file:
+        header = file.metadata() or {}
+        if "info" not in header:
+            raise UserError(f"{path} was not written by train.py: its header has no 'info'")
+        info = json.loads(header["info"])
+        version = info.pop("version", FORMAT)
+        if version != FORMAT:
+            raise UserError(f"{path} has format {version}, and this program reads {FORMAT}")
+        return {name: file.get_tensor(name) for name in file.keys()}, info

@@ -7,12 +7,14 @@ from pathlib import Path
 from files import UserError, read_json
 
 SIZES = ("nano", "small", "gpt2")  # model.py has their shapes
-METHODS = ("frozen", "lora", "lora-match", "chameleon", "counts", "company-cache", "per-sample",
-           "scaled", "masks", "masks-alone", "library", "library-blend", "prompt-tuning", "cache")
-DEFAULT_METHODS = "frozen,lora,chameleon,counts"
-RUNNING = ("counts", "company-cache")  # can be told what continuations hold so far
+METHODS = ("frozen", "lora", "lora-match", "chameleon", "company-cache", "per-sample",
+           "task-embedding", "scaled", "masks", "masks-alone", "library", "library-blend",
+           "prompt-tuning", "cache")
+DEFAULT_METHODS = "frozen,lora,chameleon,company-cache"
 TOLD_NOTHING = ("frozen", "lora", "lora-match", "cache")  # of a cluster
 CONTROLS = ("own prompt only", "shuffled", "constant", "other articles")  # in a cluster's place
+HUB_BASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of openai-community on the Hub
+CONDITIONS = ("instruction", "instruction+input")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -88,7 +90,9 @@ def train_parser():
         "kept states of one LoRA-adapted transformer: that of --methods lora, seed 0")
     add("--seeds", type=seeds, default="0", metavar="N,N", help="one adapter of each method per "
         "seed: initial values, batches, k-means; the base is always trained with seed 0")
-    add("--base", default="scratch", help="scratch, or another run's base.safetensors")
+    add("--base", default="scratch", help=f"scratch; OpenAI's {', '.join(HUB_BASES)}, kept in "
+        "--data-dir; a folder with a GPT-2's config.json and model.safetensors (both with "
+        "--tokenizer gpt2; a small --block-size saves memory); or another run's base.safetensors")
     add("--size", choices=SIZES, help="of a base from scratch: nano 2.6M parameters, "
         "small 12M, gpt2 124M, at their vocabularies; time grows in proportion (default: nano, on "
         "CUDA small)")
@@ -120,16 +124,16 @@ def train_parser():
     add("--head-form", choices=("full", "light"), default="full", help="what the hyper-network "
         "writes: full A and B (the paper's), or light, whose size ignores the vocabulary")
     add("--cluster-size", type=number(int, 1), metavar="N", help="members of a cluster, on average "
-        "(default: chameleon's is a batch, counts' 12)")
+        "(default: a batch; company-cache's 12)")
     add("--stat-scope", choices=("prompt", "running", "full"), help="tokens behind the statistics: "
-        "the prompts', or (counts alone) also what the continuations hold so far; full LEAKS the "
-        "tokens to be predicted and is there to show how much (default: running where possible)")
-    add("--refresh", type=number(int, 1), default=16, metavar="N", help="tokens after which the "
-        "running scope counts again")
+        "the prompts', or (company-cache alone) also what continuations hold so far; full LEAKS "
+        "the tokens to be predicted and shows how much (default: running where possible)")
+    add("--condition", choices=CONDITIONS, default=CONDITIONS[1], help="what of an instruction's "
+        "prompt the statistics and the clusters see; the model always reads all of it")
     add("--told", choices=CONTROLS[1:3], help="a control: train with the statistic of a wrong "
         "cluster, or with one that says nothing")
     add("--inference", choices=("fit", "assign"), default="fit", help="cluster held-out requests "
-        "by k-means among themselves, or (not counts) by the nearest training centroid")
+        "by k-means among themselves, or (not company-cache) by the nearest training centroid")
     add("--device", default="auto", choices=DEVICES, help="auto is the first of cuda, mps, cpu "
         "that is there")
     add("--dtype", default="auto", choices=DTYPES, help="of matrix products; the 16-bit ones halve "
@@ -153,11 +157,22 @@ def eval_parser():
     add("--sweep", choices=("clusters", "cluster-size", "noise"), help="instead, vary the company "
         "that requests keep (study.py), of heads on a shared trunk if there are any")
     add("--methods", type=listed(METHODS), metavar="M,M", help="with --sweep: of these alone")
-    add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead")
+    add("--generations", type=number(int, 1), metavar="N", help="also continue N test "
+        "instructions, greedily, and compare with their responses (needs sacrebleu, rouge-score)")
+    add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead (- is "
+        "standard input); an answer depends on the other prompts in it")
+    add("--assign", action="store_true", help="with --prompts: answer each as if it were alone, by "
+        "the update of the nearest training cluster: no answer depends on the other prompts")
+    add("--clusters", type=number(int, 1), metavar="K", help="with --prompts: make K clusters "
+        "(default: of as many prompts as in training)")
+    add("--static", action="store_true", help="with --prompts: show static LoRA's answer too")
+    add("--base-only", action="store_true", help="with --prompts: show the frozen base's too")
+    add("--json", action="store_true", help="with --prompts: print JSON alone")
     add("--method", default="chameleon", help="with --prompts: the adapter that continues them")
     add("--seed", type=number(int, 0), default=0, help="with --prompts: the adapter's seed, and "
         "the sampler's")
-    add("--max-new-tokens", type=number(int, 1), default=60, help="with --prompts: length")
+    add("--max-new-tokens", type=number(int, 1), default=60, help="with --prompts and "
+        "--generations: length")
     add("--temperature", type=number(float, 0, 1e3), default=0.8,
         help="with --prompts: 0 is greedy")
     add("--top-k", type=number(int, 1), default=50, help="with --prompts: tokens to draw from")
@@ -186,16 +201,16 @@ def parse_train(argv):
                 )
     elif args.resume:
         raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
-    others = [name for name in args.methods if name not in (*TOLD_NOTHING, *RUNNING)]
+    others = [name for name in args.methods if name not in (*TOLD_NOTHING, "company-cache")]
     if others and args.stat_scope == "running":
-        raise UserError(f"--stat-scope running: only {' and '.join(RUNNING)} can; leave "
-                        f"{others[0]} out of --methods")
+        raise UserError(f"--stat-scope running: only company-cache can; leave {others[0]} out of "
+                        f"--methods")
     if "prompt-tuning" in args.methods and args.trunk == "shared":
         raise UserError("--trunk shared: prompt-tuning needs the transformer; leave it out of "
                         "--methods")
-    if "counts" in args.methods and args.inference == "assign":
-        raise UserError("--inference assign: counts keeps no centroids to assign to; leave it out "
-                        "of --methods")
+    if "company-cache" in args.methods and args.inference == "assign":
+        raise UserError("--inference assign: company-cache keeps no centroids to assign to; leave "
+                        "it out of --methods")
     return args, config
 
 

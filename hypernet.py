@@ -70,7 +70,7 @@ class ClusteredHead(LMHead):
     clusters; all three are measured on the training prompts and kept with the weights.
     """
 
-    needs_statistics, clustered_batches = True, True
+    needs_statistics = clustered_batches = stores_clusters = True
     controls = ("own prompt only", "shuffled", "constant", "other articles")
 
     def __init__(self, weight, n_clusters=1, scope="prompt"):
@@ -111,6 +111,15 @@ class ClusteredHead(LMHead):
         else:
             cluster = self.kmeans(prompts, k, generator).cluster.cpu()
         return cluster.unique(return_inverse=True)[1]  # number the clusters that have members
+
+    def assigned(self, prompts):
+        """Nearest training cluster (N,), and its statistic (N, C), whoever else is asking.
+
+        A centroid has lost how far from `center` its prompts lay: it is put back at the distance
+        that training prompts have on average (root mean square).
+        """
+        cluster = self.nearest(prompts)
+        return cluster, self.center + self.spread.norm() * self.centroids[cluster]
 
     def told(self, prompts, index, which, members, group):
         """What `losses` is told of the rows `index`: statistics (K, C), cluster (B,).

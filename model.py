@@ -120,7 +120,7 @@ class Block(nn.Module):
 
 
 class Update(NamedTuple):
-    """A low-rank change of the head's W: logits get B (A h + bias) more.
+    """A low-rank change of the head's W: logits get B A h more.
 
     A and B are shared by all sequences, (r, C) and (V, r), or one per cluster, (K, r, C) and
     (K, V, r).
@@ -128,17 +128,15 @@ class Update(NamedTuple):
 
     A: torch.Tensor
     B: torch.Tensor
-    bias: torch.Tensor | None = None  # (r,)
 
     def of(self, cluster):
         """The same with each sequence's own A and B, gathered by cluster (B,)."""
         A, B = (t if t.dim() == 2 else t[cluster] for t in (self.A, self.B))
-        return Update(A, B, self.bias)
+        return Update(A, B)
 
     def project(self, hidden):
-        """The low-rank side, A h + bias: hidden (B, T, C) -> (B, T, r)."""
-        z = hidden @ self.A.mT  # (B, T, C) @ (C, r) or (B, C, r) -> (B, T, r)
-        return z if self.bias is None else z + self.bias
+        """The low-rank side: hidden (B, T, C) -> (B, T, r)."""
+        return hidden @ self.A.mT  # (B, T, C) @ (C, r) or (B, C, r) -> (B, T, r)
 
 
 class LMHead(nn.Module):
@@ -148,7 +146,7 @@ class LMHead(nn.Module):
     may be made from statistics of the clusters.
     """
 
-    needs_statistics = reads_company = False
+    needs_statistics = reads_company = stores_clusters = False
     controls = ()  # what eval.py may tell it in place of its cluster, see `Company`
 
     def __init__(self, weight):
@@ -166,17 +164,14 @@ class LMHead(nn.Module):
     def forward(self, hidden, updates=(), cluster=None, statistics=None):
         """Logits (B, T, V) of hidden (B, T, C). statistics: what `updates` were made from.
 
-        cluster, (B,) or (B, T), names each sequence's A and B, or each position's B; without it
-        there are one for all, or one for each sequence in turn.
+        cluster (B,) names each sequence's A and B; without it there are one for all, or one for
+        each sequence in turn.
         """
         logits = F.linear(hidden, self.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
         for update in updates:
             update = update if cluster is None else update.of(cluster)
-            z, B = update.project(hidden), update.B
-            if B.dim() < 4:
-                logits = logits + z @ B.mT  # (B, T, r) @ (r, V) or (B, r, V) -> (B, T, V)
-            else:
-                logits = logits + torch.einsum("btr,btvr->btv", z, B)
+            # (B, T, r) @ (r, V) or (B, r, V) -> (B, T, V)
+            logits = logits + update.project(hidden) @ update.B.mT
         return logits
 
 
@@ -406,10 +401,9 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
     cache = [KVCache(room) for _ in model.transformer.h] if use_cache else None
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     updates = model.lm_head.updates(statistics)
-    if cluster is not None and not model.lm_head.reads_company:  # gathered once, not for every token
+    if cluster is not None and not model.lm_head.reads_company:  # gathered just once
         updates = [update.of(cluster) for update in updates]
-    updates = [Update(*(t if t is None else t.to(model.lm_head.weight.dtype) for t in update))
-               for update in updates]
+    updates = [Update(*(t.to(model.lm_head.weight.dtype) for t in update)) for update in updates]
     new, past = tokens, None  # past: all hidden states (B, T, C), for a head that remembers them
     while tokens.shape[1] < longest + max_new_tokens and not done.all():
         hidden = model.hidden(new if use_cache else tokens, cache, masked)

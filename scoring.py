@@ -114,8 +114,8 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
     """Negative log-likelihood of the scored targets, in nats: summed (), and of each row (B,).
 
     tokens (B, T) are what the model reads; targets (B, T), IGNORE where nothing is scored,
-    statistics (K, ...) and cluster, (B,) or (B, T), lie on the CPU, so that nothing here waits for
-    the device. The sum can be differentiated, the rows cannot.
+    statistics (K, ...) and cluster (B,), or what a cache is told, lie on the CPU, so that nothing
+    here waits for the device. The sum can be differentiated, the rows cannot.
     """
     head, device = model.lm_head, model.lm_head.weight.device
 
@@ -130,8 +130,7 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
     place = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (n,) of B * T
     K, counts = max((len(update.B) for update in updates if update.B.dim() == 3), default=1), None
     if K > 1:  # tokens of a cluster side by side
-        k = (cluster if cluster.dim() == 2 else cluster[:, None]).expand(targets.shape)
-        k = k.flatten()[place]
+        k = cluster[:, None].expand(targets.shape).flatten()[place]
         place, counts = place[k.argsort(stable=True)], k.bincount(minlength=K).tolist()
     wanted, place = send(targets.flatten()[place]), send(place)
 
@@ -256,7 +255,7 @@ def held_out_company(run, model, examples, plan, inference, control=None):
     head = model.lm_head
     if not head.needs_statistics:
         return None
-    prompts = head.read(examples, run.base.transformer.wte)
+    prompts = head.read(examples.conditioned(plan), run.base.transformer.wte)
     k = max(1, round(len(examples) / plan.get("cluster_size", 1))) if inference == "fit" else None
     generator = torch.Generator().manual_seed(plan["seed"])
 

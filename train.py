@@ -32,7 +32,7 @@ from pathlib import Path
 
 from files import (UserError, read_json, read_tensors, run_cli, write_json, write_tensors,
                    write_text)
-from flags import RUNNING, TOLD_NOTHING, parse_train, train_parser
+from flags import CONDITIONS, HUB_BASES, TOLD_NOTHING, parse_train, train_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
     run_cli(train_parser().parse_args)
@@ -48,6 +48,7 @@ from common import (Run, adapt, adapter_path, choose_device, choose_dtype, join_
                     keep_freed_memory, label, load_base, load_weights, matrix_rate, memory_advice,
                     open_corpus, read_plan, read_records, share_trunk, wait, weights)
 from data import IGNORE, Tokenizer, load_examples
+from interop import find_gpt2, load_gpt2
 from model import GPT, SIZES, GPTConfig
 from scoring import Company, held_out_company, losses, score, scored_bytes, summed
 
@@ -297,7 +298,8 @@ def is_finished(path, plan, resume):
     finished = path.exists() and path.with_suffix(".last.safetensors").exists()
     for existing in (path, state_path):
         if existing.exists():
-            made_with = {"accumulate": 1} | read_tensors(existing)[1]["plan"]
+            made_with = {"accumulate": 1, "condition": CONDITIONS[1]}
+            made_with |= read_tensors(existing)[1]["plan"]
             for key in plan:
                 if made_with.get(key) != plan[key]:
                     raise UserError(
@@ -384,18 +386,18 @@ def adapter_plan(run, args, method, seed, lr):
         rank = round(wanted / (trained_parameters(run, plan | {"method": "lora"}) / args.rank))
         plan |= {"rank": rank, "alpha": args.alpha / args.rank * rank}
     if method not in TOLD_NOTHING:
-        running = method in RUNNING
-        size = args.cluster_size or (12 if running else args.batch_size)
-        scope = args.stat_scope or ("running" if running else "prompt")
-        k = 1 if method == "per-sample" else -(-N // size)
+        cache = method == "company-cache"
+        size = args.cluster_size or (12 if cache else args.batch_size)
+        scope = args.stat_scope or ("running" if cache else "prompt")
+        alone = method in ("per-sample", "task-embedding")
+        k = 1 if alone else -(-N // size)
         plan |= {"clusters": k, "cluster_size": N / -(-N // size), "stat_scope": scope,
-                 "inference": args.inference}
+                 "inference": args.inference,
+                 "condition": CONDITIONS[0] if method == "task-embedding" else args.condition}
         if args.told:
             plan["told"] = args.told
-        if method in ("chameleon", "per-sample"):
+        if alone or method == "chameleon":
             plan["head_form"] = args.head_form
-        if method == "counts":
-            plan["refresh"] = args.refresh
     return plan
 
 
@@ -451,7 +453,7 @@ def train_adapter(run, args, method, seed, lr, path):
         compile_blocks(model)
     head, company, cluster = model.lm_head, None, None
     if head.needs_statistics:
-        prompts = head.read(train, run.base.transformer.wte)
+        prompts = head.read(train.conditioned(plan), run.base.transformer.wte)
         company = Company(head, prompts, training_clusters(run, head, prompts, plan), args.told,
                           torch.Generator().manual_seed(seed))
         cluster = company.cluster if head.clustered_batches and not args.told else None
@@ -515,7 +517,13 @@ def main(argv=None):
     trained = base_path
     if not (base_path.exists() and base_path.with_suffix(".last.safetensors").exists()):
         trained = None if args.base == "scratch" else Path(args.base)
-    if args.base != "scratch":
+    published = None
+    if trained and trained != base_path and (args.base in HUB_BASES or trained.is_dir()):
+        with run.first_goes_ahead():
+            published = load_gpt2(
+                find_gpt2(args.base, args.data_dir), args.block_size, args.dropout)
+        config, args.tokenizer = published.config, "gpt2"
+    elif args.base != "scratch":
         if not trained.with_suffix(".last.safetensors").exists():
             raise UserError(f"--base {trained}: not a base.safetensors whose training has finished")
         config = GPTConfig(**read_plan(trained, "base")[1]["config"])
@@ -529,11 +537,13 @@ def main(argv=None):
         raise UserError(f"--block-size {args.block_size}: {args.base} reads {config.block_size}")
     with run.first_goes_ahead():  # a data set may have to be fetched
         corpus = open_corpus(args.dataset, args.data_dir, before)
+    if args.condition != CONDITIONS[1] and not corpus.instructions:
+        raise UserError(f"--condition {args.condition}: {args.dataset} has no instructions")
     if corpus.dropped:
         print(f"{corpus.dropped} records left out: their response is blank")
 
     def tokenizer_spec():
-        if before or args.base != "scratch":
+        if before or (args.base != "scratch" and not published):
             return Tokenizer.load((folder if before else trained.parent) / "tokenizer.json").spec
         if args.tokenizer == "gpt2":
             return {"name": "gpt2"}
@@ -541,6 +551,9 @@ def main(argv=None):
         return Tokenizer.train(texts, args.vocab_size).spec
 
     run.tokenizer = Tokenizer(run.from_first(tokenizer_spec))
+    if published and config.vocab_size != run.tokenizer.vocab_size:
+        raise UserError(f"--base {args.base} has a vocabulary of {config.vocab_size:,} and the "
+                        f"gpt2 tokenizer one of {run.tokenizer.vocab_size:,}")
     config.vocab_size = run.tokenizer.vocab_size
     with run.first_goes_ahead():
         run.examples = load_examples(corpus, run.tokenizer, args.block_size, folder / "cache")
@@ -549,7 +562,8 @@ def main(argv=None):
               f"{(table.length - table.prompt).sum():,} of them scored")
     methods = [method for method in args.methods if method != "frozen"]
     if trained:
-        run.base = load_base(trained, device, run.tokenizer)
+        run.base = (published.to(device).requires_grad_(False) if published
+                    else load_base(trained, device, run.tokenizer))
         print(f"base: {trained}, trained before")
         if args.trunk == "shared":
             share_trunk(run)
@@ -576,7 +590,12 @@ def main(argv=None):
             run.base = load_base(base_path, device, run.tokenizer)
         elif trained != base_path and rank == 0:
             for suffix in (".safetensors", ".last.safetensors"):
-                tensors, info = read_tensors(trained.with_suffix(suffix))
+                if published:
+                    tensors = dict(run.base.named_parameters())
+                    info = {"plan": {"method": "base", "tokenizer": run.tokenizer.fingerprint,
+                                     "config": asdict(config)}}
+                else:
+                    tensors, info = read_tensors(trained.with_suffix(suffix))
                 write_tensors(base_path.with_suffix(suffix), tensors, info)
         with memory_advice("halve --batch-size and double --accumulate, or lower --rank"):
             for method in methods:

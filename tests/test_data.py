@@ -82,7 +82,8 @@ def slow_cut(documents, block_size):
 
 def index_of(documents):
     ends = np.cumsum([0] + [size for size, _ in documents])
-    return np.array(list(zip(ends, [named for _, named in documents] + [0], strict=True)))
+    named = [named for _, named in documents] + [0]
+    return np.array(list(zip(ends, named, [-(-n // 2) for n in named], strict=True)))
 
 
 running = st.tuples(st.integers(0, 50), st.just(0))
@@ -159,7 +160,7 @@ def test_encoded_documents_are_what_each_one_gives_alone(tmp_path):
         tokens, index = encode(corpus, split, tokenizer, tmp_path / "cache")
         assert isinstance(tokens, np.memmap)
         documents = list(corpus.documents(split))
-        assert len(index) == len(documents) + 1 and index[-1].tolist() == [len(tokens), 0]
+        assert len(index) == len(documents) + 1 and index[-1].tolist() == [len(tokens), 0, 0]
         for i, document in enumerate(documents):
             row = tokens[index[i, 0] : index[i + 1, 0]].tolist()
             prompt, text = row[: index[i, 1]], row[index[i, 1] :]
@@ -178,7 +179,7 @@ def test_a_response_changes_no_token_of_its_prompt(tmp_path):
     for answer in ("\n\n{}", "?", "é{} and much more"):
         corpus = corpus_of(tmp_path, mixed_records(answer)[:30])
         tokens, index = encode(corpus, "train", a_tokenizer(), tmp_path / "cache")
-        prompts.append([tokens[start : start + n].tolist() for start, n in index[:-1]])
+        prompts.append([tokens[start : start + n].tolist() for start, n, _ in index[:-1]])
     assert prompts[0] == prompts[1] == prompts[2] and len(prompts[0]) > 20
 
 
@@ -642,3 +643,35 @@ def test_a_closed_pipe_ends_quietly():
         process.stdout.close()  # as `| head` does
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+# ------------------------------------------------------------------------------------- condition
+
+
+def test_the_instruction_is_counted_up_to_the_token_that_holds_its_end(tmp_path):
+    records = [{"instruction": f"{prose(5, i)}.", "input": prose(4, i + 1), "output": "so"}
+               for i in range(20)] + [{"instruction": prose(3, i), "output": "so"}
+                                      for i in range(20, 40)]
+    tokenizer = a_tokenizer()
+    corpus = corpus_of(tmp_path, records)
+    tables = load_examples(corpus, tokenizer, 200, tmp_path / "cache")
+    for split in SPLITS:
+        table = tables[split]
+        seen = table.conditioned({"condition": "instruction"})
+        assert table.conditioned({}) is table
+        assert table.conditioned({"condition": "instruction+input"}) is table
+        for i, document in enumerate(corpus.documents(split)):
+            instruction = document.prompt[: document.instruction]
+            tokens, mask = seen.prompts([i])
+            shown = tokenizer.decode(tokens[0][mask[0]].tolist())
+            # The token that ends the instruction may hold a line's end too, and nothing else.
+            assert shown.rstrip("\n") == instruction
+            assert torch.equal(seen.rows([i])[0], table.rows([i])[0])  # the model reads all of it
+            assert all(map(torch.equal, seen.batch([i]), table.batch([i])))
+
+
+def test_a_corpus_keeps_the_fingerprint_that_earlier_runs_remember(tmp_path):
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"instruction": f"ask {i}", "input": "é", "output": "x"})
+                            + "\n" for i in range(5)))
+    assert Corpus(str(path), "data").fingerprint == "9df0bec219b4cbf8"

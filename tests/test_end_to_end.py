@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import eval
+import prompts
 import train
 from data import Tokenizer
 from files import UserError, read_tensors
@@ -27,9 +28,9 @@ def test_a_run_leaves_what_the_readme_promises_and_scores_add_up(run, capsys):
     folder, _ = run
     entries = eval.main([str(folder)])
     names = {entry["name"] for entry in entries}
-    controls = {f"{method}, {control}" for method in ("chameleon", "counts")
+    controls = {f"{method}, {control}" for method in ("chameleon", "company-cache")
                 for control in ("own prompt only", "shuffled", "constant")}
-    assert names == {"frozen", "lora", "chameleon", "counts", *controls}
+    assert names == {"frozen", "lora", "chameleon", "company-cache", *controls}
     assert len(entries) == 1 + 2 * 9  # two seeds
 
     saved = json.loads((folder / "results.json").read_text())
@@ -44,7 +45,7 @@ def test_a_run_leaves_what_the_readme_promises_and_scores_add_up(run, capsys):
             assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
             assert found["loss"] < 0.7 * math.log(vocabulary)
     by_name = {(entry["name"], entry["seed"]): entry for entry in entries}
-    for method in ("lora", "chameleon", "counts"):
+    for method in ("lora", "chameleon", "company-cache"):
         for seed in (0, 1):
             path = folder / "adapters" / f"{method}-seed{seed}.safetensors"
             entry, tensors = by_name[method, seed], read_tensors(path)[0]
@@ -109,7 +110,7 @@ def test_full_scope_says_that_it_leaks(arguments, tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--method", "lora"], ["--method", "frozen"],
-                                     ["--method", "counts"],
+                                     ["--method", "company-cache"],
                                      ["--inference", "assign", "--seed", "1"]])
 def test_prompts_are_clustered_and_continued(run, tmp_path, capsys, options):
     folder, _ = run
@@ -161,9 +162,9 @@ def test_instructions_are_scored_on_responses_and_asked_as_trained(
     entries = eval.main([str(folder)])
     assert {entry["test"]["n_tokens"] for entry in entries} != {0}
     asked = []
-    original = eval.generate
-    monkeypatch.setattr(eval, "generate", lambda model, prompts, *rest, **options:
-                        asked.extend(prompts) or original(model, prompts, *rest, **options))
+    original = prompts.generate
+    monkeypatch.setattr(prompts, "generate", lambda model, given, *rest, **options:
+                        asked.extend(given) or original(model, given, *rest, **options))
     (tmp_path / "prompts.txt").write_text("say river\n")
     eval.main([str(folder), "--prompts", str(tmp_path / "prompts.txt")])
     assert Tokenizer.load(folder / "tokenizer.json").decode(asked[0]) == "say river\n\n"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import scoring
 import train
 from data import IGNORE, Examples
-from files import UserError
+from files import UserError, read_tensors, write_tensors
 from flags import METHODS
 from hypernet import ChameleonHead
 from model import GPT, GPTConfig, LMHead, LoRAHead
@@ -118,7 +118,7 @@ def test_losses_equal_cross_entropy_of_all_logits_and_so_do_their_gradients(
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("counts", [None, [4, 0, 5]])
+@pytest.mark.parametrize("company-cache", [None, [4, 0, 5]])
 def test_the_hand_written_backward_passes_gradcheck(counts, monkeypatch):
     monkeypatch.setattr(scoring, "LOGITS_BYTES", 4 * 11 * 2)  # two tokens at a time
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +162,10 @@ def examples_of(lengths, prompts, seed=0):
     return Examples(tokens, start, lengths, np.array(prompts), np.arange(len(lengths)))
 
 
-RUN = Run(None, torch.device("cpu"), torch.float32)
+
+
+def run_with(base):
+    return Run(None, torch.device("cpu"), torch.float32, base=base)
 
 
 def slow_score(model, examples, company, whole):
@@ -184,7 +187,7 @@ def test_scores_do_not_depend_on_batch_size_or_padding_and_equal_a_slow_loop(met
     torch.manual_seed(0)
     base = GPT(GPTConfig(T, V, n_layer=1, n_head=2, n_embd=C))
     plan = {"method": method, "rank": 2, "alpha": 4.0, "head_form": "full", "clusters": 2,
-            "stat_scope": "running" if method == "counts" else "prompt", "refresh": 2,
+            "stat_scope": "running" if "cache" in method else "prompt",
             "cluster_size": 3, "seed": 0}
     model = base if method == "frozen" else adapt(base, plan)
     model.eval()
@@ -192,15 +195,15 @@ def test_scores_do_not_depend_on_batch_size_or_padding_and_equal_a_slow_loop(met
         torch.nn.init.normal_(p, std=0.3)
     examples = examples_of([13, 5, 2, 9, 13, 7, 4], [3, 1, 1, 8, 3, 2, 3])
     company = None
-    if method in ("chameleon", "counts"):
+    if model.lm_head.needs_statistics:
         head = model.lm_head
         head.fit_clusters(
             head.read(examples, base.transformer.wte), 2, torch.Generator().manual_seed(0))
-        company = held_out_company(RUN, model, examples, plan, "fit")
+        company = held_out_company(run_with(base), model, examples, plan, "fit")
     expected = slow_score(model, examples, company, whole)
     first = 1 if whole else examples.prompt
     for batch_size in (1, 3, 100):
-        nll, counts = score(RUN, model, examples, batch_size, company, whole=whole)
+        nll, counts = score(run_with(base), model, examples, batch_size, company, whole=whole)
         np.testing.assert_allclose(nll, expected, rtol=1e-4)
         assert np.array_equal(counts, examples.length - first)
 
@@ -216,7 +219,8 @@ def test_controls_change_the_statistics_and_nothing_else():
     prompts = head.read(examples, base.transformer.wte)
     head.fit_clusters(prompts, 3, torch.Generator().manual_seed(0))
     real, *controls = (
-        held_out_company(RUN, model, examples, plan, "fit", control).told(torch.arange(12))
+        held_out_company(run_with(base), model, examples, plan, "fit", control).told(
+            torch.arange(12))
         for control in (None, "own prompt only", "shuffled", "constant"))
     own, shuffled, constant = controls
     assert torch.equal(shuffled[1], real[1]) and torch.equal(constant[1], real[1])
@@ -405,7 +409,7 @@ def test_another_tokenizer_is_refused(arguments, finished):
 
 
 @pytest.mark.parametrize("base, said", [
-    ("", "has finished"), ("adapters/lora-seed0.safetensors", "holds no base"),
+    ("", "no model.safetensors"), ("adapters/lora-seed0.safetensors", "holds no base"),
 ])
 def test_what_is_no_base_is_refused(base, said, arguments, finished, tmp_path):
     with pytest.raises(UserError, match=said):
@@ -557,3 +561,16 @@ def test_out_of_memory_names_the_flags_that_help(raised, arguments, monkeypatch)
     with pytest.raises(UserError, match="--base-batch-size and double --accumulate") as error:
         train.main(arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_condition_needs_instructions_and_adapters_of_before_had_none(arguments, finished):
+    with pytest.raises(UserError, match="has no instructions"):
+        train.main([*arguments, "--condition", "instruction"])
+    train.main([*arguments, "--methods", "chameleon"])
+    path = finished / "adapters" / "chameleon-seed0.safetensors"
+    tensors, info = read_tensors(path)
+    del info["plan"]["condition"]
+    write_tensors(path, tensors, info)
+    before = path.read_bytes()
+    train.main([*arguments, "--methods", "chameleon"])  # found as it was, not trained again
+    assert path.read_bytes() == before

@@ -1,0 +1,248 @@
+"""GPT-2's published weights in, transformers' and PEFT's files out and in, without either of them.
+
+All of it is safetensors and JSON: nothing here executes or unpickles. GPT-2 was published with
+its linear layers (in, out) (`Conv1D`); this project has torch's (out, in).
+
+The adapters of a run folder, heads that PEFT has no words for included, have a layout of their
+own: tensors under the names of the model's parameters and buffers,
+
+    transformer.h.I.PART.lora_A (r, in), .lora_B (out, r)                     each linear layer
+    lm_head.lora_A (r, C), .lora_B (V, r)                                  lora, company-cache
+    lm_head.share, .log_t (), .share_of (C,), .idf (V,)                          company-cache
+    lm_head.hypernetwork.layers.{0,2,4}.weight and .bias, lm_head.center,
+        .spread (C,), .centroids (K, C)                                              chameleon
+    the rivals' have the names of their parameters in baselines.py
+
+and in the file's header, as JSON under "info", the version of this layout (1; any other is
+refused), the plan of the training (method, rank, alpha, seed, ...; its "base" is a fingerprint of
+the base's shape and weights, and any other base is refused), and what was done (step, tokens,
+seconds, best validation loss). `files.py` and `common.py` write and read it.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+
+from files import UserError, read_json, tensor_file, write_json, write_tensors
+from flags import HUB_BASES
+from model import GPT, GPTConfig, LoRAHead, LoRALinear
+
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out)
+# What config.json may say where this GPT has no choice; first what it writes itself.
+FIXED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True,), "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+}
+SHAPE = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
+         "n_head": "n_head", "n_embd": "n_embd"}
+
+
+# --------------------------------------------------------------------------------- whole models
+
+
+def find_gpt2(base, data_dir):
+    """Folder of `base`: a folder, or a name of HUB_BASES, fetched once and kept in `data_dir`.
+
+    Raises UserError if the files are neither there nor to be had.
+    """
+    names = ("config.json", "model.safetensors")
+    folder = Path(data_dir) / base if base in HUB_BASES else Path(base)
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing and base not in HUB_BASES:
+        raise UserError(f"--base {base}: the folder has no {missing[0]} (of a run, name the file "
+                        f"base.safetensors)")
+    if missing:
+        repository = f"openai-community/{base}"
+        try:
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.utils import logging
+
+            logging.set_verbosity_error()  # its retries; what came of them is told below
+            for name in missing:
+                hf_hub_download(repository, name, local_dir=folder)
+        except Exception as error:  # whatever went wrong on the way, there are two ways out
+            raise UserError(
+                f"--base {base}: {folder / missing[-1]} does not exist and the Hugging Face Hub "
+                f"cannot be reached ({type(error).__name__}); with a network try again, or put "
+                f"{' and '.join(names)} of {repository} there"
+            ) from None
+    return folder
+
+
+def read_config(folder):
+    """GPTConfig of a config.json; UserError where it describes something else than a GPT-2."""
+    path = Path(folder) / "config.json"
+    given = read_json(path)
+    if not isinstance(given, dict) or given.get("model_type") != "gpt2":
+        raise UserError(f"{path} is not that of a GPT-2")
+    for key, values in FIXED.items():
+        if given.get(key, values[0]) not in values:
+            raise UserError(f"{path}: {key} is {given[key]!r}; this GPT has {values[0]!r} alone")
+    sizes = {ours: given.get(key) for key, ours in SHAPE.items()}
+    if not all(type(size) is int and size > 0 for size in sizes.values()):
+        raise UserError(f"{path}: {', '.join(SHAPE)} must be whole numbers above 0")
+    config = GPTConfig(**sizes)
+    if given.get("n_inner") not in (None, 4 * config.n_embd) or config.n_embd % config.n_head:
+        raise UserError(f"{path}: n_inner must be 4 n_embd, and n_head divide n_embd")
+    return config
+
+
+@torch.no_grad()
+def load_gpt2(folder, block_size=None, dropout=0.0):
+    """The GPT in a folder of transformers' layout, in float32; `block_size` crops its positions.
+
+    Names may start with "transformer." or not. Raises UserError for a missing, surplus or
+    misshapen tensor, for a head that is not the token embedding, and for too large a block.
+    """
+    config, path = read_config(folder), Path(folder) / "model.safetensors"
+    positions, config.dropout = config.block_size, dropout
+    config.block_size = block_size or positions
+    if config.block_size > positions:
+        raise UserError(f"--block-size {block_size}: {folder} reads {positions} tokens at most")
+    model = GPT(config)
+    with tensor_file(path) as file:
+        stored = {name.removeprefix("transformer."): name for name in file.keys()}
+        for name, p in model.transformer.named_parameters():
+            if name not in stored:
+                raise UserError(f"{path}: {name} is missing")
+            tensor = file.get_tensor(stored.pop(name))
+            shape = list(p.shape) if name != "wpe.weight" else [positions, config.n_embd]
+            tensor = tensor.T if name.endswith(CONV1D) else tensor  # (in, out) -> (out, in)
+            if list(tensor.shape) != shape:
+                raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, and config.json "
+                                f"asks for {shape}, (out, in) for linear layers")
+            p.copy_(tensor[: len(p)])
+        head = stored.pop("lm_head.weight", None)
+        if head and not torch.equal(file.get_tensor(head).float(), model.lm_head.weight):
+            raise UserError(f"{path}: lm_head.weight is not the token embedding, as GPT-2's is")
+    # Old files keep the causal mask beside the weights.
+    odd = [name for name in stored if not name.endswith((".attn.bias", ".attn.masked_bias"))]
+    if odd:
+        raise UserError(f"{path}: {odd[0]} has no place in the model that config.json describes")
+    return model
+
+
+@torch.no_grad()
+def save_hf(model, folder, statistics=None):
+    """Write a GPT, adapters merged, to a folder for transformers' AutoModelForCausalLM.
+
+    `model` stays as it is. LoRA in the transformer is added to the weights written; an update of
+    the head makes a head (V, C) that is no longer tied to the token embedding. A head that is told
+    statistics has an update per cluster: statistics (1, C) say for which. The last token ends a
+    text, as in both tokenizers here. Raises ValueError for missing statistics, and for a cache or
+    soft prompts, which a GPT-2 has no place for.
+    """
+    head, config = model.lm_head, model.config
+    if head.needs_statistics and (statistics is None or len(statistics) != 1):
+        raise ValueError(f"a {type(head).__name__} has an update per cluster: pass statistics of 1")
+    if head.reads_company or head.soft_prompts(statistics) is not None:
+        raise ValueError(f"GPT-2 has no place for what a {type(head).__name__} adds")
+    updates = head.updates(statistics)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    tensors = {}
+    for name, p in model.transformer.named_parameters(prefix="transformer"):
+        layer = layers.get(name.removesuffix(".weight"))
+        if name.endswith((".lora_A", ".lora_B")):
+            continue
+        if layer is not None and not layer.merged:
+            p = p + layer.scale * (layer.lora_B @ layer.lora_A)  # (out, r) @ (r, in)
+        tensors[name] = p.T if name.endswith(CONV1D) else p  # (out, in) -> (in, out)
+    if updates:
+        tensors["lm_head.weight"] = head.weight + sum(
+            (update.B @ update.A).view_as(head.weight) for update in updates)  # (V, r) @ (r, C)
+    end = config.vocab_size - 1
+    settings = {"model_type": "gpt2"} | {key: values[0] for key, values in FIXED.items()}
+    settings |= {key: getattr(config, ours) for key, ours in SHAPE.items()}
+    write_tensors(Path(folder) / "model.safetensors", tensors)
+    write_json(Path(folder) / "config.json", settings | {
+        "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": not updates,
+        "bos_token_id": end, "eos_token_id": end, "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout, "attn_pdrop": 0.0, "dtype": "float32",
+    })
+
+
+# ------------------------------------------------------------------------------------------ LoRA
+
+PEFT = "base_model.model."  # what peft puts before the names of the model that it wraps
+# Variants of LoRA that would need other arithmetic; all are off where a config leaves them out.
+VARIANTS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
+            "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication")
+
+
+def save_peft(model, folder, head=True):
+    """Write the model's LoRA to a folder for peft's `PeftModel.from_pretrained`.
+
+    The head's static LoRA goes along as the target "lm_head". Never merge it there: W is the token
+    embedding too (`save_hf` writes a merged model). PEFT has no place for heads that are told
+    statistics; head=False writes the transformer's LoRA alone. Raises ValueError where that is not
+    asked for, for a model without LoRA, and after merge_lora.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not layers or any(layer.merged for layer in layers.values()):
+        raise ValueError("save_peft needs a model with LoRA that is not merged")
+    if head and model.lm_head.needs_statistics:
+        raise ValueError(f"PEFT has no place for a {type(model.lm_head).__name__}; head=False "
+                         f"writes the LoRA of the transformer alone")
+    if head and isinstance(model.lm_head, LoRAHead):
+        layers["lm_head"] = model.lm_head
+    rank = len(next(iter(layers.values())).lora_A)
+    write_tensors(Path(folder) / "adapter_model.safetensors", {
+        f"{PEFT}{name}.{part}.weight": getattr(layer, part)
+        for name, layer in layers.items() for part in ("lora_A", "lora_B")})
+    write_json(Path(folder) / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
+        "r": rank, "lora_alpha": next(iter(layers.values())).scale * rank, "lora_dropout": 0.0,
+        "bias": "none", "inference_mode": True,
+        # transformers keeps GPT-2's linear layers (in, out); peft corrects this for lm_head.
+        "fan_in_fan_out": True,
+        "target_modules": sorted({name.split(".")[-1] for name in layers}),
+    })
+
+
+@torch.no_grad()
+def load_peft(base, folder):
+    """A copy of the GPT `base` with the LoRA of a PEFT folder, in the layers that it names.
+
+    Raises UserError for another kind of adapter, or one that does not fit.
+    """
+    path = Path(folder) / "adapter_model.safetensors"
+    config = read_json(Path(folder) / "adapter_config.json")
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserError(f"{folder}: adapter_config.json is not that of a LoRA")
+    odd = [key for key in VARIANTS if config.get(key)]
+    if odd or config.get("bias", "none") != "none":
+        raise UserError(f"{folder}: the LoRA has {(odd or ['bias'])[0]} = "
+                        f"{config[(odd or ['bias'])[0]]}, which is not supported here")
+    model = copy.deepcopy(base).requires_grad_(False)
+    alpha, layers = config.get("lora_alpha"), {}
+    if type(alpha) not in (int, float):
+        raise UserError(f"{folder}: adapter_config.json has no lora_alpha")
+    with tensor_file(path) as file:
+        for name in file.keys():
+            module, _, part = name.removeprefix(PEFT).removesuffix(".weight").rpartition(".")
+            if part in ("lora_A", "lora_B"):
+                layers.setdefault(module, {})[part] = file.get_tensor(name)
+            elif name != f"{PEFT}lm_head.base_layer.weight":  # peft adds what a target ties
+                raise UserError(f"{path}: {name} is not a LoRA's")
+            elif not torch.equal(file.get_tensor(name).float(), base.lm_head.weight.cpu()):
+                raise UserError(f"{path} was trained on another base: lm_head.weight differs")
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name, found in layers.items():
+        layer = model.lm_head if name == "lm_head" else linear.get(name)
+        n_out, n_in = layer.weight.shape if layer is not None else (0, 0)
+        A, B = (found.get(part, torch.empty(0, 0)) for part in ("lora_A", "lora_B"))
+        if (A.shape[1], B.shape[0]) != (n_in, n_out) or not len(A) == B.shape[1] > 0:
+            raise UserError(f"{path}: the LoRA of {name} does not fit this base")
+        if name == "lm_head":
+            adapted = model.lm_head = LoRAHead(layer.weight, len(A), alpha)
+        else:
+            adapted = LoRALinear(layer, len(A), alpha)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, adapted)
+        adapted.lora_A.copy_(A)
+        adapted.lora_B.copy_(B)
+    if not layers:
+        raise UserError(f"{path} holds no LoRA")
+    return model

@@ -1,0 +1,233 @@
+"""A batch of prompts in: clusters, one update for each, and a continuation for each prompt.
+
+AN ANSWER DEPENDS ON ITS BATCH MATES. The head is adapted to a cluster, and a prompt's cluster is
+made of what else is asked at the same time: the same prompt in other company gets another
+update, and may get another answer. A prompt alone is served by its nearest training cluster, from
+what is stored with the weights (`company-cache`, which stores no clusters, by its own words);
+`--assign` answers every prompt so, each by itself: no statistic, draw or rounding depends on the
+others.
+"""
+
+import copy
+import json
+import math
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import adapter_path, adapter_paths, label, load_adapter
+from data import END, RESPONSE, Examples
+from files import UserError
+from model import generate, merge_lora
+from scoring import held_out_company
+
+
+def adapt_to(run, model, plan, prompts, inference=None, n_clusters=None):
+    """What `model` is told of prompts that are asked together, and each one's cluster (B,).
+
+    prompts: B lists of token ids, or an `Examples` whose rows are all prompt. The first is a dict
+    of statistics (K, ...) and cluster (B,) for `generate` and `GPT.forward`, empty for a head that
+    is told nothing. inference, "fit" or "assign", is the plan's if not given, and n_clusters as
+    many as the training's cluster size makes. A single prompt gets the nearest training cluster.
+    """
+    head = model.lm_head
+    if not isinstance(prompts, Examples):
+        prompts = rows_of(run, plan, prompts)
+    if not head.needs_statistics:
+        return {}, torch.zeros(len(prompts), dtype=torch.int64)
+    if len(prompts) == 1 and head.stores_clusters:
+        cluster, statistics = head.assigned(
+            head.read(prompts.conditioned(plan), run.base.transformer.wte))
+        which = torch.zeros_like(cluster)
+    else:
+        if n_clusters:
+            plan = plan | {"cluster_size": len(prompts) / min(n_clusters, len(prompts))}
+        company = held_out_company(
+            run, model, prompts, plan, inference or plan.get("inference"))
+        statistics, which = company.told(torch.arange(len(prompts)))
+        cluster = company.cluster
+    return {"statistics": statistics.to(run.device), "cluster": which.to(run.device)}, cluster
+
+
+def rows_of(run, plan, prompts):
+    """`Examples` of B lists of token ids, all prompt."""
+    length = np.array([len(prompt) for prompt in prompts])
+    shown = length
+    if plan.get("condition") == "instruction":  # as in training: what announces a response is not
+        texts = [run.tokenizer.decode(prompt).rstrip() for prompt in prompts]
+        shown = np.array([len(run.tokenizer.encode(text)) for text in texts]).clip(1, length)
+    return Examples(np.concatenate(prompts), length.cumsum() - length, length, length,
+                    np.arange(len(length)), instruction=shown)
+
+
+def open_method(run, method, seed):
+    """A model that `decode` may change, and the plan that trained it."""
+    if method == "frozen":
+        return copy.deepcopy(run.base).eval(), {"method": "frozen"}
+    path = adapter_path(run, method, seed)
+    if not path.exists():
+        raise UserError(f"--method {method} --seed {seed}: {path} does not exist; there is "
+                        f"{', '.join(p.stem for p in adapter_paths(run.folder)) or 'frozen'}")
+    return load_adapter(run, path)
+
+
+def answers(run, args, method, prompts):
+    """New token ids of each prompt, and each prompt's cluster, None for a head that has none."""
+    model, plan = open_method(run, method, args.seed)
+    batches = [[prompt] for prompt in prompts] if args.assign else [prompts]
+    told = [adapt_to(run, model, plan, batch, args.inference, args.clusters) for batch in batches]
+    found = []
+    for batch, (requests, _) in zip(batches, told, strict=True):
+        found += decode(run, model, batch, args.max_new_tokens, temperature=args.temperature,
+                        top_k=args.top_k, **requests,
+                        generator=torch.Generator(run.device).manual_seed(args.seed))
+    if not model.lm_head.needs_statistics:
+        return found, None
+    if args.assign and not model.lm_head.stores_clusters:
+        return found, list(range(len(prompts)))
+    return found, torch.cat([cluster for _, cluster in told]).tolist()
+
+
+def decode(run, model, prompts, max_new_tokens, **options):
+    """`generate`, merged and in the run's type: autocast would convert W for each token."""
+    merge_lora(model)
+    model.transformer.to(run.dtype)
+    return generate(model, prompts, max_new_tokens, stop_token=run.tokenizer.end, **options)
+
+
+def read_prompts(name):
+    """Lines of a file, or of standard input, that are not blank."""
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        texts = [line for line in data.decode("utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {name}: {error}") from None
+    if not texts:
+        raise UserError(f"--prompts {name}: there is no prompt, one a line")
+    return texts
+
+
+def telling_words(texts, members, n=4):
+    """Words that set the texts `members` apart from all `texts`; of equals, the longer ones."""
+    words = [set(re.findall(r"[^\W\d_]{4,}", text.lower())) for text in texts]
+    everywhere = Counter(word for own in words for word in own)
+    inside = Counter(word for i in members for word in words[i])
+
+    def strength(word):
+        expected = everywhere[word] * len(members) / len(texts)
+        return inside[word] * math.log(inside[word] / expected), inside[word], len(word), word
+
+    return sorted(inside, key=strength, reverse=True)[:n]
+
+
+def continue_prompts(run, config, args):
+    """Cluster the prompts of a file, adapt the head to each cluster, continue each prompt.
+
+    Prints text, or JSON; returns a list of lists of new token ids.
+    """
+    texts = read_prompts(args.prompts)
+    # The model is asked as it was trained: an instruction ends with what announces the response.
+    end = RESPONSE if config.get("instructions") else ""
+    prompts = [run.tokenizer.encode(text + end) for text in texts]
+    context = run.base.config.block_size
+    for text, prompt in zip(texts, prompts, strict=True):
+        if len(prompt) >= context:
+            raise UserError(f"--prompts: {text[:40]!r}... has {len(prompt)} tokens and the model "
+                            f"reads {context} at most, prompt and continuation; shorten it")
+    found, cluster = answers(run, args, args.method, prompts)
+    adapted, beside = cluster is not None, {}
+    cluster = cluster or [0] * len(texts)
+    for name, wanted, method in (("static", args.static, "lora"),
+                                 ("base_only", args.base_only, "frozen")):
+        if wanted:
+            beside[name] = answers(run, args, method, prompts)[0]
+    text_of = run.tokenizer.decode
+    shown = [{"prompt": text, "cluster": own, "continuation": text_of(new)}
+             | {name: text_of(rows[i]) for name, rows in beside.items()}
+             for i, (text, own, new) in enumerate(zip(texts, cluster, found, strict=True))]
+    groups = [{"cluster": c, "prompts": (members := [i for i in range(len(texts))
+                                                     if cluster[i] == c]),
+               "words": telling_words(texts, members)} for c in sorted(set(cluster))]
+    if args.json:
+        print(json.dumps({
+            "method": args.method, "seed": args.seed, "clusters": groups if adapted else [],
+            "depends_on_batch_mates":  # a draw depends on the draws before it
+                (adapted or args.temperature > 0) and not args.assign and len(texts) > 1,
+            "answers": shown}, indent=2))
+        return found
+    for group in groups:
+        members = group["prompts"]
+        if adapted:
+            print(f"\n# cluster {group['cluster'] + 1}: {len(members)} "
+                  f"prompt{'s' * (len(members) > 1)}, one update"
+                  + f"; {', '.join(group['words'])}" * bool(group["words"]))
+        for entry in (shown[i] for i in members):
+            print(f"\n{entry['prompt']}[{entry['continuation']}]")
+            for name in beside:
+                print(f"  {name.replace('_', ' ')}: [{entry[name]}]")
+    if adapted and not args.assign and len(texts) > 1:
+        print("\nThese answers depend on each other's prompts; --assign gives some that do not.")
+    return found
+
+
+# --------------------------------------------------------------------------- generation scores
+
+
+def text_metrics(config):
+    """The function (answers, references) -> BLEU and ROUGE-L; UserError if they cannot be had."""
+    if not config.get("instructions"):
+        raise UserError(f"--generations: {config['args']['dataset']} has no instructions")
+    try:
+        import sacrebleu
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UserError(f"--generations: {error.name} is not installed; pip install sacrebleu "
+                        f"rouge-score") from None
+    scorer = RougeScorer(["rougeL"])
+
+    def compare(found, wanted):
+        pairs = zip(wanted, found, strict=True)
+        rouge = [scorer.score(right, mine)["rougeL"].fmeasure for right, mine in pairs]
+        return {"bleu": sacrebleu.corpus_bleu(found, [wanted]).score,
+                "rouge_l": 100 * float(np.mean(rouge))}
+
+    return compare
+
+
+def score_generations(run, args, compare):
+    """Greedy answers to test instructions, compared with their responses.
+
+    The same args.generations instructions for every adapter, clustered among themselves. Returns
+    entries for results.json, and their Markdown.
+    """
+    test = run.examples["test"]
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+    chosen = order[: args.generations].sort().values.numpy()
+    start, prompt, end = test.start[chosen], test.prompt[chosen], test.length[chosen]
+    rows = Examples(test.tokens, start, prompt, prompt, test.article[chosen],
+                    instruction=test.instruction[chosen])
+    prompts = [test.tokens[a : a + n].tolist() for a, n in zip(start, prompt, strict=True)]
+    wanted = [run.tokenizer.decode(test.tokens[a + n : a + m].tolist()).removesuffix(END)
+              for a, n, m in zip(start, prompt, end, strict=True)]
+    entries = []
+    for path in (None, *adapter_paths(run.folder)):
+        model, plan = load_adapter(run, path) if path else open_method(run, "frozen", 0)
+        requests, _ = adapt_to(run, model, plan, rows, args.inference)
+        texts = []
+        size = len(prompts) if model.lm_head.reads_company else args.batch_size
+        for turn in torch.arange(len(prompts)).split(size):
+            told = requests and requests | {"cluster": requests["cluster"][turn]}
+            found = decode(run, model, [prompts[i] for i in turn], args.max_new_tokens, **told)
+            texts += [run.tokenizer.decode(new) for new in found]
+        entries.append({"name": label(plan), "seed": plan.get("seed", 0),
+                        "n": len(texts), **compare(texts, wanted)})
+    lines = ["| method | seed | BLEU | ROUGE-L |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {e['name']} | {e['seed']} | {e['bleu']:.2f} | {e['rouge_l']:.2f} |"
+              for e in entries]
+    return entries, "\n" + "\n".join(lines) + (
+        f"\n\nThe same {len(prompts)} test instructions for all, continued greedily by at most "
+        f"{args.max_new_tokens} tokens.\n")

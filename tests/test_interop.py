@@ -1,0 +1,381 @@
+"""Against transformers and peft, on GPT-2s of tiny size; no test fetches anything."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import flags
+import interop
+import train
+from common import adapt, adapter_path, load_adapter, open_run
+from conftest import WORDS
+from data import Tokenizer
+from files import UserError, read_tensors, write_tensors
+from interop import find_gpt2, load_gpt2, load_peft, read_config, save_hf, save_peft
+from model import GPT, GPTConfig, generate, merge_lora
+
+# Other people's warnings, about themselves, are not this project's.
+pytestmark = pytest.mark.filterwarnings("ignore")
+V, T, C = 257, 32, 16
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import peft  # noqa: F401
+        import transformers
+    return transformers
+
+
+@pytest.fixture
+def theirs(transformers, tmp_path):
+    """A random GPT-2 of transformers, every parameter drawn, and the folder it saved itself in."""
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=V, n_positions=T, n_embd=C, n_layer=2, n_head=2, bos_token_id=V - 1,
+        eos_token_id=V - 1)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    # Positions that count: greedy answers would repeat one token else.
+    torch.nn.init.normal_(model.transformer.wpe.weight, std=3.0)
+    model.save_pretrained(tmp_path / "theirs")
+    return model, tmp_path / "theirs"
+
+
+def ours(seed=0, **plan):
+    """A random GPT of this project, with adapters that do something if a plan asks for them."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(T, V, n_layer=2, n_head=2, n_embd=C))
+    if plan:
+        model = adapt(model, {"rank": 3, "alpha": 5.0, "method": "lora", "head_form": "full",
+                              "clusters": 2, "stat_scope": "prompt"} | plan)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    if plan.get("method") == "chameleon":
+        model.lm_head.spread.fill_(1)
+    return model.eval()
+
+
+def batch(seed=1, rows=3, length=T):
+    return torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def same(found, expected):
+    difference = (found - expected).abs().max().item()
+    assert difference < 1e-4 and expected.std() > 0.05, difference
+
+
+def rewrite(folder, change, config=None):
+    """Put `change(tensors)` and other settings in place of what a folder holds."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    write_tensors(folder / "model.safetensors", tensors)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | (config or {})))
+
+
+# --------------------------------------------------------------------------------- whole models
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_transformers_model_gives_the_same_logits_here(theirs, prefix):
+    model, folder = theirs
+
+    def rename(tensors):
+        renamed = {prefix + n.removeprefix("transformer."): t for n, t in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+        if not prefix:  # what published files have besides: masks, and a copy of the embedding
+            tensors["h.0.attn.bias"] = torch.ones(1, 1, T, T)
+            tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+
+    rewrite(folder, rename)
+    same(load_gpt2(folder)(batch()), model(batch()).logits)
+
+
+@torch.no_grad()
+def test_positions_can_be_cropped_but_not_added(theirs):
+    model, folder = theirs
+    cropped = load_gpt2(folder, block_size=8)
+    assert cropped.config.block_size == len(cropped.transformer.wpe.weight) == 8
+    same(cropped(batch(length=8)), model(batch(length=8)).logits)
+    with pytest.raises(UserError, match=f"reads {T} tokens"):
+        load_gpt2(folder, block_size=T + 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", [{}, {"method": "lora"}, {"method": "chameleon"},
+                                  {"method": "chameleon", "head_form": "light"}])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_model_saved_here_gives_the_same_logits_in_transformers(
+        plan, merged, transformers, tmp_path):
+    model = ours(**plan)
+    statistics = torch.randn(1, C) if plan.get("method") == "chameleon" else None
+    expected = model(batch(), statistics)
+    if merged:
+        merge_lora(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    save_hf(model, tmp_path, statistics)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert opened.config.tie_word_embeddings == (not plan)
+    same(opened(batch()).logits, expected)
+    if not plan:  # and back
+        assert torch.equal(load_gpt2(tmp_path)(batch()), expected)
+
+
+def test_what_a_gpt2_cannot_say_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="update per cluster"):
+        save_hf(ours(method="chameleon"), tmp_path)
+    with pytest.raises(ValueError, match="no place"):
+        save_hf(ours(method="company-cache"), tmp_path, torch.ones(1, 2, V))
+    with pytest.raises(ValueError, match="no place"):
+        save_hf(ours(method="prompt-tuning"), tmp_path, torch.ones(1, C))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("n_layer, n_head, n_embd, parameters", [
+    (12, 12, 768, 124_439_808), (24, 16, 1024, 354_823_168),
+    (36, 20, 1280, 774_030_080), (48, 25, 1600, 1_557_611_200)])
+def test_the_four_sizes_have_their_published_parameters(
+        n_layer, n_head, n_embd, parameters, transformers, tmp_path):
+    transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd).save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = GPT(read_config(tmp_path))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_generation_equals_transformers_for_prompts_of_different_lengths(theirs, use_cache):
+    model, folder = theirs
+    prompts = [batch(seed=i, rows=1, length=n)[0].tolist() for i, n in enumerate((1, 9, 4, 12, 4))]
+    width = max(map(len, prompts))
+    padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    expected = model.generate(padded, attention_mask=mask, max_new_tokens=15, do_sample=False,
+                              eos_token_id=None, pad_token_id=0)[:, width:].tolist()
+    assert generate(load_gpt2(folder), prompts, 15, use_cache=use_cache) == expected
+    assert len({token for row in expected for token in row}) > 10
+
+
+@pytest.mark.parametrize("change, config, said", [
+    (lambda t: t.pop("transformer.h.1.mlp.c_fc.bias"), {}, "h.1.mlp.c_fc.bias is missing"),
+    (lambda t: t.update({"transformer.wte.weight": torch.zeros(V, C + 1)}), {}, "wte.weight has s"),
+    (lambda t: t.update({"transformer.h.0.attn.c_attn.weight": torch.zeros(3 * C, C)}), {},
+     "c_attn.weight has shape"),
+    (lambda t: None, {"n_layer": 1}, "h.1.attn.c_attn.bias has no place"),
+    (lambda t: None, {"n_positions": 16}, "wpe.weight has shape"),
+    (lambda t: t.update({"lm_head.weight": torch.zeros(V, C)}), {}, "not the token embedding"),
+    (lambda t: None, {"model_type": "llama"}, "not that of a GPT-2"),
+    (lambda t: None, {"activation_function": "relu"}, "activation_function is 'relu'"),
+    (lambda t: None, {"tie_word_embeddings": False}, "tie_word_embeddings"),
+    (lambda t: None, {"n_embd": "wide"}, "whole numbers"),
+    (lambda t: None, {"n_head": 3}, "n_head"), (lambda t: None, {"n_inner": 5}, "n_inner"),
+])
+def test_a_folder_that_does_not_fit_is_told_in_one_line(change, config, said, theirs):
+    rewrite(theirs[1], change, config)
+    with pytest.raises(UserError, match=said) as error:
+        load_gpt2(theirs[1])
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------- Hub
+
+
+def test_a_published_model_is_fetched_once_and_then_kept(theirs, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    fetched = []
+
+    def fetch(repository, name, local_dir):
+        fetched.append((repository, name))
+        local_dir.mkdir(parents=True, exist_ok=True)
+        (local_dir / name).write_bytes((theirs[1] / name).read_bytes())
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    for _ in range(2):
+        assert find_gpt2("gpt2-medium", tmp_path / "data") == tmp_path / "data" / "gpt2-medium"
+    assert fetched == [("openai-community/gpt2-medium", name)
+                       for name in ("config.json", "model.safetensors")]
+
+
+def test_without_a_network_the_way_out_is_named(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fetch(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    with pytest.raises(UserError, match=r"cannot be reached \(OSError\).*openai-community/gpt2-xl"):
+        find_gpt2("gpt2-xl", tmp_path)
+    with pytest.raises(UserError, match=r"no config\.json"):
+        find_gpt2(str(tmp_path), "data")
+
+
+@pytest.fixture
+def byte_gpt2(monkeypatch):
+    """A `gpt2` tokenizer of single bytes, for a vocabulary of 257."""
+    import tiktoken
+
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: tiktoken.Encoding(
+        name, pat_str=r"\S+|\s+", mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|endoftext|>": 256}))
+
+
+def arguments_of(corpus, base, out):
+    return ["--dataset", str(corpus), "--base", str(base), "--out", str(out), "--device", "cpu",
+            "--dtype", "float32", "--max-steps", "2", "--evaluations", "1", "--batch-size", "4",
+            "--block-size", "16"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_on_a_folder_keeps_its_base_and_leaves_what_others_can_open(
+        theirs, byte_gpt2, tmp_path, corpus, capsys, transformers):
+    import peft
+
+    model, folder = theirs
+    arguments = arguments_of(corpus, folder, tmp_path / "run")
+    train.main([*arguments, "--methods", "lora"])
+    (folder / "model.safetensors").unlink()  # from here on the run is on its own
+    train.main([*arguments, "--methods", "lora,chameleon,company-cache"])
+    run, _ = open_run(tmp_path / "run", torch.device("cpu"))
+    assert run.tokenizer.spec == {"name": "gpt2"} and run.base.config.block_size == 16
+    with torch.no_grad():
+        same(run.base(batch(length=16)), model(batch(length=16)).logits)
+    adapted, _ = load_adapter(run, adapter_path(run, "lora", 0))
+    save_peft(adapted, tmp_path / "peft")
+    with torch.no_grad(), pytest.warns(UserWarning):  # about the tied head, when merged
+        again = peft.PeftModel.from_pretrained(model, tmp_path / "peft").eval()
+        same(again(batch(length=16)).logits, adapted(batch(length=16)))
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(theirs, tmp_path, corpus, monkeypatch):
+    def spelled(self, spec):
+        self.spec, self.vocab_size, self.fingerprint = spec, V + 1, "x"
+
+    monkeypatch.setattr(Tokenizer, "__init__", spelled)
+    with pytest.raises(UserError, match="vocabulary of 257 and the gpt2 tokenizer one of 258"):
+        train.main(arguments_of(corpus, theirs[1], tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_adapter_file_of_another_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("files.FORMAT", 2)
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {"plan": {}})
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="has format 2, and this program reads 1"):
+        read_tensors(tmp_path / "a.safetensors")
+
+
+# ------------------------------------------------------------------------------------------ LoRA
+
+
+@torch.no_grad()
+def trained_by_peft(model, folder, targets, **options):
+    import peft
+
+    torch.manual_seed(3)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM",
+        **options)).eval()
+    for name, p in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    adapted.save_pretrained(folder)
+    return adapted(batch()).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [
+    ["c_attn"], ["c_attn", "c_proj", "c_fc"], ["c_attn", "lm_head"]])
+def test_a_peft_adapter_gives_the_same_logits_here(targets, theirs, tmp_path):
+    model, folder = theirs
+    base = load_gpt2(folder)
+    frozen = base(batch())
+    expected = trained_by_peft(model, tmp_path / "peft", targets)
+    found = load_peft(base, tmp_path / "peft")
+    same(found(batch()), expected)
+    assert (expected - frozen).abs().max() > 0.1 and torch.equal(base(batch()), frozen)
+    trained = {name for name, p in found.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    merge_lora(found)
+    same(found(batch()), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["lora", "chameleon"])
+def test_an_adapter_saved_here_gives_the_same_logits_in_peft_and_again_here(
+        method, transformers, tmp_path):
+    import peft
+
+    model = ours(method=method)
+    if method == "chameleon":
+        with pytest.raises(ValueError, match="no place for a ChameleonHead"):
+            save_peft(model, tmp_path / "peft")
+    save_peft(model, tmp_path / "peft", head=method == "lora")
+    base = ours()
+    base.load_state_dict(model.state_dict(), strict=False)  # the frozen part alone
+    save_hf(base, tmp_path / "base")
+    expected = model(batch()) if method == "lora" else model.hidden(batch()) @ base.lm_head.weight.T
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    same(peft.PeftModel.from_pretrained(opened, tmp_path / "peft").eval()(batch()).logits, expected)
+    same(load_peft(base, tmp_path / "peft")(batch()), expected)
+
+
+def test_a_merged_model_and_one_without_lora_have_no_adapter_to_save(tmp_path):
+    model = ours(method="lora")
+    merge_lora(model)
+    for without in (model, ours()):
+        with pytest.raises(ValueError, match="not merged"):
+            save_peft(without, tmp_path)
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"use_dora": True}, "use_dora"), ({"use_rslora": True}, "use_rslora"),
+    ({"rank_pattern": {"c_attn": 2}}, "rank_pattern"), ({"bias": "all"}, "bias"),
+    ({"lora_alpha": "much"}, "lora_alpha"), ({"peft_type": "IA3"}, "not that of a LoRA"),
+])
+def test_an_adapter_of_another_kind_is_refused_in_one_line(options, said, tmp_path):
+    save_peft(ours(method="lora"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | options))
+    with pytest.raises(UserError, match=said) as error:
+        load_peft(ours(), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_of_another_model_is_refused(theirs, tmp_path):
+    save_peft(ours(method="lora"), tmp_path / "a")
+    small = GPT(GPTConfig(T, V, n_layer=1, n_head=2, n_embd=C))
+    with pytest.raises(UserError, match=r"LoRA of transformer\.h\.1\S* does not fit"):
+        load_peft(small, tmp_path / "a")
+    trained_by_peft(theirs[0], tmp_path / "b", ["lm_head"])
+    with pytest.raises(UserError, match="another base"):
+        load_peft(ours(), tmp_path / "b")
+
+
+# ------------------------------------------------------------------------------------- tokenizer
+
+
+def test_gpt2_ids_equal_transformers_on_the_same_files(transformers, tmp_path):
+    """Needs tiktoken's two files of gpt2 in TIKTOKEN_CACHE_DIR."""
+    files = list(Path(os.environ.get("TIKTOKEN_CACHE_DIR", tmp_path)).iterdir())
+    if len(files) < 2:
+        pytest.skip("no gpt2 vocabulary in TIKTOKEN_CACHE_DIR")
+    kinds = {path.read_bytes()[:1]: path.read_text("utf-8") for path in files}
+    (tmp_path / "vocab.json").write_text(kinds[b"{"], "utf-8")
+    (tmp_path / "merges.txt").write_text(kinds[b"#"], "utf-8")
+    expected = transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
+    text = " ".join(WORDS) + "\n\n\tIt's 1,234.5 é 漢字 🦎  don't\r\n <unk> @-@ = Title = \n"
+    tokenizer = Tokenizer({"name": "gpt2"})
+    assert tokenizer.encode(text) == expected(text)["input_ids"]
+    assert flags.HUB_BASES[0] == "gpt2" and interop.HUB_BASES is flags.HUB_BASES

@@ -1,0 +1,199 @@
+"""Prompts in, answers out: whom an answer depends on, and what is printed."""
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval
+import flags
+import model
+import prompts
+import train
+from common import adapter_path, load_adapter, open_run
+from files import UserError
+from prompts import adapt_to, telling_words
+
+TEXTS = ["the river of stone and cloud", "winter sings quietly", "a river under green stone",
+         "summer road walks over winter", "the house and the apple"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, corpus):
+    with pytest.MonkeyPatch.context() as patch:
+        shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=24)
+        patch.setitem(model.SIZES, "tiny", shape)
+        patch.setattr(flags, "SIZES", (*flags.SIZES, "tiny"))
+        return train.main([
+            "--dataset", str(corpus), "--size", "tiny", "--vocab-size", "300", "--dtype", "float32",
+            "--device", "cpu", "--base-epochs", "4", "--base-lr", "1e-2", "--lr", "2e-2",
+            "--epochs", "2", "--evaluations", "1",
+            "--out", str(tmp_path_factory.mktemp("runs") / "pydocs")])
+
+
+@pytest.fixture
+def ask(folder, tmp_path, capsys):
+    """Answers, as JSON has them, to prompts that are asked together."""
+
+    def ask(texts, *options):
+        (tmp_path / "prompts.txt").write_text("\n".join(texts), encoding="utf-8")
+        capsys.readouterr()
+        eval.main([str(folder), "--prompts", str(tmp_path / "prompts.txt"), "--json",
+                   "--max-new-tokens", "8", *options])
+        return json.loads(capsys.readouterr().out)
+
+    return ask
+
+
+def adapted(folder, method, texts, **options):
+    run, _ = open_run(folder, torch.device("cpu"))
+    head, plan = load_adapter(run, adapter_path(run, method, 0))
+    return head, adapt_to(run, head, plan, [run.tokenizer.encode(t) for t in texts], **options)
+
+
+@pytest.mark.parametrize("method", ["chameleon", "company-cache"])
+def test_every_prompt_is_in_one_cluster_and_answered_beside_the_others(method, ask):
+    said = ask(TEXTS, "--method", method, "--clusters", "2", "--static", "--base-only")
+    assert [entry["prompt"] for entry in said["answers"]] == TEXTS
+    assert sorted(i for c in said["clusters"] for i in c["prompts"]) == list(range(len(TEXTS)))
+    assert len(said["clusters"]) == 2 and said["depends_on_batch_mates"]
+    for cluster in said["clusters"]:
+        own = " ".join(TEXTS[i] for i in cluster["prompts"])
+        assert cluster["words"] and all(word in own for word in cluster["words"])
+        assert {said["answers"][i]["cluster"] for i in cluster["prompts"]} == {cluster["cluster"]}
+    alone = {name: [entry["continuation"] for entry in ask(TEXTS, "--method", other)["answers"]]
+             for name, other in (("static", "lora"), ("base_only", "frozen"))}
+    for name, texts in alone.items():
+        assert [entry[name] for entry in said["answers"]] == texts
+    assert ask(TEXTS, "--method", "frozen")["clusters"] == []
+
+
+@pytest.mark.parametrize("method", ["chameleon", "company-cache"])
+@pytest.mark.parametrize("temperature", ["0", "1.5"])
+def test_assigned_answers_do_not_depend_on_the_others_and_equal_those_alone(
+        method, temperature, ask):
+    options = ["--method", method, "--temperature", temperature]
+    together = ask(TEXTS, *options, "--assign")
+    assert not together["depends_on_batch_mates"]
+    expected = {entry["prompt"]: entry["continuation"] for entry in together["answers"]}
+    for texts in (TEXTS[::-1], TEXTS[2:], TEXTS[:1]):
+        for entry in ask(texts, *options, "--assign")["answers"]:
+            assert entry["continuation"] == expected[entry["prompt"]]
+    said = ask(TEXTS[1:2], *options)
+    assert said["answers"][0]["continuation"] == expected[TEXTS[1]]
+    assert not said["depends_on_batch_mates"]
+
+
+def test_otherwise_the_update_does_depend_on_batch_mates(folder):
+    head, (first, _) = adapted(folder, "chameleon", TEXTS, n_clusters=1)
+    _, (other, _) = adapted(folder, "chameleon", [TEXTS[0], *TEXTS[3:]], n_clusters=1)
+    found, changed = (told["statistics"][told["cluster"][0]] for told in (first, other))
+    assert (found - changed).abs().max() > 0
+    assert not torch.allclose(head.lm_head.updates(found[None])[-1].B,
+                              head.lm_head.updates(changed[None])[-1].B)
+
+
+def test_one_prompt_alone_gets_the_statistic_of_its_nearest_training_cluster(folder):
+    adapter, (told, cluster) = adapted(folder, "chameleon", TEXTS[:1])
+    head = adapter.lm_head
+    run, _ = open_run(folder, torch.device("cpu"))
+    mean = run.base.transformer.wte.weight[run.tokenizer.encode(TEXTS[0])].mean(dim=0)
+    direction = torch.nn.functional.normalize(mean - head.center, dim=0)
+    nearest = (head.centroids - direction).square().sum(dim=1).argmin()
+    assert cluster.tolist() == [nearest] and told["cluster"].tolist() == [0]
+    expected = head.center + head.spread.square().sum().sqrt() * head.centroids[nearest]
+    torch.testing.assert_close(told["statistics"][0], expected)
+
+
+def test_the_stored_statistic_lies_where_the_training_clusters_do(folder):
+    """On average: an assigned prompt is told something of the size that the head was trained on."""
+    run, _ = open_run(folder, torch.device("cpu"))
+    head = load_adapter(run, adapter_path(run, "chameleon", 0))[0].lm_head
+    stored = head.centroids * head.spread.norm()
+    assert 0.1 < (stored / head.spread).square().mean() < 2  # standardised; a single prompt has 1
+
+
+def test_prompts_come_from_standard_input_and_a_person_can_read_the_answers(
+        folder, monkeypatch, capsys):
+    text = "\n".join(TEXTS)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    found = eval.main([str(folder), "--prompts", "-", "--clusters", "2", "--static", "--base-only"])
+    said = capsys.readouterr().out
+    assert len(found) == len(TEXTS) and all(f"\n{prompt}[" in said for prompt in TEXTS)
+    assert len(re.findall(r"# cluster \d+: \d prompts?, one update; \w+", said)) == 2
+    assert said.count("  static: [") == said.count("  base only: [") == len(TEXTS)
+    assert "--assign" in said
+
+
+def test_an_adapter_that_is_not_there_is_named(ask):
+    with pytest.raises(UserError, match="lora-seed7"):
+        ask(TEXTS, "--method", "frozen", "--static", "--seed", "7")
+
+
+def test_telling_words_are_those_that_the_others_do_not_have():
+    texts = ["Rivers carry stone", "rivers carry sand", "voters carry hope", "voters win"]
+    assert telling_words(texts, [0, 1])[0] == "rivers"
+    assert telling_words(texts, [2, 3], n=1) == ["voters"]
+    assert telling_words(["a b c"], [0]) == []
+
+
+# --------------------------------------------------------------------------- generation scores
+
+
+@pytest.fixture
+def instructed(arguments, tmp_path, capsys):
+    records = [{"instruction": f"say {word} {i} times", "input": "now" * (i % 2),
+                "output": f"{word} {word}"}
+               for i, word in enumerate(["river", "stone", "apple", "road", "cloud"] * 16)]
+    (tmp_path / "tasks.json").write_text(json.dumps(records))
+    run = train.main([*arguments, "--dataset", str(tmp_path / "tasks.json"),
+                      "--condition", "instruction"])
+    capsys.readouterr()
+    return run
+
+
+@pytest.mark.filterwarnings("ignore")  # of the metrics, about themselves
+def test_generations_are_scored_on_the_same_instructions_again_and_again(instructed, capsys):
+    options = ["--generations", "3", "--max-new-tokens", "6"]
+    eval.main([str(instructed), *options])
+    first = json.loads((instructed / "results.json").read_text())["generations"]
+    assert [e["name"] for e in first] == ["frozen", "lora", "chameleon", "company-cache"]
+    assert all(e["n"] == 3 and 0 <= e["bleu"] <= 100 and 0 <= e["rouge_l"] <= 100 for e in first)
+    assert "| method | seed | BLEU | ROUGE-L |" in (instructed / "results.md").read_text()
+    eval.main([str(instructed), *options, "--batch-size", "2"])
+    assert json.loads((instructed / "results.json").read_text())["generations"] == first
+    compare = prompts.text_metrics({"instructions": True})
+    texts = ["the river runs down to the sea", "a stone lies still in the green grass"]
+    assert compare(texts, texts) == pytest.approx({"bleu": 100, "rouge_l": 100})
+    assert compare(texts, texts[::-1])["rouge_l"] < 50
+
+
+def test_missing_metrics_and_missing_instructions_are_told_before_anything_is_scored(
+        folder, instructed, monkeypatch):
+    monkeypatch.setattr(eval, "score_run", None)
+    with pytest.raises(UserError, match="no instructions"):
+        eval.main([str(folder), "--generations", "3"])
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(UserError, match=r"sacrebleu.*pip install sacrebleu rouge-score"):
+        eval.main([str(instructed), "--generations", "3"])
+
+
+# ---------------------------------------------------------------------------------------- README
+
+
+def test_the_python_in_readme_runs_as_written(folder, tmp_path, monkeypatch):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## Use it from Python"):]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line and "import" not in line]) <= 10
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "pydocs").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["logits"].shape == (1, len(names["prompts"][-1]), 300)
+    assert torch.isfinite(names["logits"]).all()
