@@ -23,7 +23,7 @@ class PerSampleHead(ChameleonHead):
     """
 
     clustered_batches = stores_clusters = False
-    controls = ("shuffled", "constant")
+    controls = ("shuffled",)
 
     def fit_clusters(self, prompts, k, generator):
         super().fit_clusters(prompts, 1, generator)
@@ -66,17 +66,19 @@ class MaskedHead(ClusteredHead):
         blend is first seen at inference;
     "library": the masks are fixed blocks, so that these are M separate LoRAs of rank `rank`, one
         for each group (as LoraHub, Huang et al. 2023, and LoraRetriever, Zhao et al. 2024),
-        trained on its own group; `blend` mixes them at inference, else the nearest one is used.
+        trained on its own group and used alone at inference, or, in eval.py's row "blended",
+        mixed.
 
     M = 8. The masks alone take M * M rank numbers, the factors M rank (C + V).
     """
 
     M, temperature = 8, 0.1
 
-    def __init__(self, weight, rank, alpha, masks, blend=True, n_clusters=1, scope="prompt"):
+    def __init__(self, weight, rank, alpha, masks, n_clusters=1, scope="prompt"):
         super().__init__(weight, n_clusters, scope)
         V, C = weight.shape
-        self.scale, self.kind, self.blend = alpha / rank, masks, blend
+        self.scale, self.kind, self.blend = alpha / rank, masks, masks != "library"
+        self.controls = ("blended",) if masks == "library" else ()
         self.lora_A, self.lora_B = lora_factors(C, V, self.M * rank, weight.device)
         block = torch.eye(self.M, device=weight.device).repeat_interleave(rank, dim=1)
         selector = torch.zeros(self.M, C, device=weight.device)

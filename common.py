@@ -274,8 +274,8 @@ def make_head(weight, plan):
         case "masks" | "masks-alone":
             kind = "joint" if plan["method"] == "masks" else "individual"
             return MaskedHead(*factors, kind, **told)
-        case "library" | "library-blend":
-            return MaskedHead(*factors, "library", plan["method"] == "library-blend", **told)
+        case "library":
+            return MaskedHead(*factors, "library", **told)
         case "prompt-tuning":
             return PromptTuningHead(weight, **told)
         case "cache":

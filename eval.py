@@ -101,6 +101,8 @@ def score_run(run, args):
         finished = path is None or path.with_suffix(".last.safetensors").exists()
         name += "" if finished else " (unfinished)"
         trunk, seed = "shared" if plan.get("trunk") else "joint", plan.get("seed", 0)
+        if control == "blended":
+            model.lm_head.blend = True
         found, rows = score_model(run, model, plan, args, n_bytes, control)
         for split, nll in rows.items():
             losses[f"{trunk}/{name}/{seed}/{split}"] = nll

@@ -8,8 +8,8 @@ from files import UserError, read_json
 
 SIZES = ("nano", "small", "gpt2")  # model.py has their shapes
 METHODS = ("frozen", "lora", "lora-match", "chameleon", "company-cache", "per-sample",
-           "task-embedding", "scaled", "masks", "masks-alone", "library", "library-blend",
-           "prompt-tuning", "cache")
+           "task-embedding", "scaled", "masks", "masks-alone", "library", "prompt-tuning",
+           "cache")
 DEFAULT_METHODS = "frozen,lora,chameleon,company-cache"
 TOLD_NOTHING = ("frozen", "lora", "lora-match", "cache")  # of a cluster
 CONTROLS = ("own prompt only", "shuffled", "constant", "other articles")  # in a cluster's place

@@ -71,7 +71,6 @@ class ClusteredHead(LMHead):
     """
 
     needs_statistics = clustered_batches = stores_clusters = True
-    controls = ("own prompt only", "shuffled", "constant", "other articles")
 
     def __init__(self, weight, n_clusters=1, scope="prompt"):
         super().__init__(weight)
@@ -144,6 +143,8 @@ class ChameleonHead(ClusteredHead):
         output layer, whatever the vocabulary: 254,048 in all at the same sizes. It can
         only move h within the space that W reads, W (h + scale P A h).
     """
+
+    controls = ("own prompt only", "shuffled", "constant", "other articles")
 
     def __init__(self, weight, rank, alpha, form="full", n_clusters=1, scope="prompt"):
         super().__init__(weight, n_clusters, scope)

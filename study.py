@@ -96,7 +96,7 @@ def sweep(run, args, kind, colours):
     records = []
     for path in adapter_paths(run.folder, trunk):
         model, plan = load_adapter(run, path)
-        wanted = {"own prompt only"} <= set(model.lm_head.controls) or (
+        wanted = "own prompt only" in model.lm_head.controls or (
             kind == "noise" and plan["method"] == "per-sample")
         if not wanted or plan.get("told") or (args.methods and plan["method"] not in args.methods):
             continue

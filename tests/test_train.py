@@ -85,7 +85,7 @@ class Fixed(torch.nn.Module):
         super().__init__()
         self.lm_head, self._hidden = head, hidden
 
-    def hidden(self, tokens):
+    def hidden(self, tokens, soft=None):
         return self._hidden
 
 
@@ -118,7 +118,7 @@ def test_losses_equal_cross_entropy_of_all_logits_and_so_do_their_gradients(
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("company-cache", [None, [4, 0, 5]])
+@pytest.mark.parametrize("counts", [None, [4, 0, 5]])
 def test_the_hand_written_backward_passes_gradcheck(counts, monkeypatch):
     monkeypatch.setattr(scoring, "LOGITS_BYTES", 4 * 11 * 2)  # two tokens at a time
     generator = torch.Generator().manual_seed(0)
@@ -162,8 +162,6 @@ def examples_of(lengths, prompts, seed=0):
     return Examples(tokens, start, lengths, np.array(prompts), np.arange(len(lengths)))
 
 
-
-
 def run_with(base):
     return Run(None, torch.device("cpu"), torch.float32, base=base)
 
@@ -173,15 +171,17 @@ def slow_score(model, examples, company, whole):
     losses = []
     for i in range(len(examples)):
         row = torch.from_numpy(examples.tokens[examples.start[i] :][: examples.length[i]])
-        told = company.told(torch.tensor([i])) if company else ()
-        log_p = model(row[None, :-1], *told)[0].log_softmax(-1)
+        inputs, told = row[None, :-1], ()
+        if company:
+            inputs, _, *told = company.batch(examples, torch.tensor([i]))
+        log_p = model(inputs, *told)[0].log_softmax(-1)
         first = 1 if whole else examples.prompt[i]
         losses.append(-sum(log_p[t - 1, row[t]].item() for t in range(first, len(row))))
     return np.array(losses)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("method, whole", [
+    *((method, False) for method in METHODS), ("frozen", True), ("lora", True)])
 @torch.no_grad()
 def test_scores_do_not_depend_on_batch_size_or_padding_and_equal_a_slow_loop(method, whole):
     torch.manual_seed(0)
