@@ -135,6 +135,8 @@ def eval_parser():
     add("--data-dir", help="where the data set lies (default: as in training)")
     add("--device", default="auto", choices=DEVICES, help="where to score")
     add("--dtype", choices=DTYPES, help="of matrix products (default: as in training)")
+    add("--anatomy", action="store_true", help="train and score a pair of heads under each flaw of "
+        "the published code, instead: some minutes on a CPU")
     add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead")
     add("--method", default="chameleon", help="with --prompts: the adapter that continues them")
     add("--seed", type=number(int, 0), default=0, help="with --prompts: the adapter's seed, and "
