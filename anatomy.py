@@ -197,16 +197,16 @@ class Laboratory:
             optimizer.zero_grad(set_to_none=True)
         return head
 
-    def score(self, head, by, seed):
+    def score(self, head, by, seed, control=None):
         """Mean negative log-likelihood of the validation rows, in nats, by the project's metric."""
         head.scope = scope(by)
         model, rows = OnStates(self.run.base, head), self.see("validation", by)
         plan = {"cluster_size": self.args["batch_size"], "seed": seed}
-        company = held_out_company(self.run, model, rows, plan, "fit")
+        company = held_out_company(self.run, model, rows, plan, "fit", control)
         return summed(*score(self.run, model, rows, 64, company))["loss"]
 
-    def measure(self, arm, flaws, by, seed, lr):
-        return self.score(self.trained(arm, flaws, seed, lr), by, seed)
+    def measure(self, arm, flaws, by, seed, lr, control):
+        return self.score(self.trained(arm, flaws, seed, lr), by, seed, control)
 
     def rate(self, arm, flaws):
         """The learning rate of GRID that does best with seed 0, by the rule that it is for."""
@@ -214,11 +214,11 @@ class Laboratory:
             return self.args["lr"]
         return min(GRID, key=lambda lr: self.loss(arm, flaws, flaws, 0, lr))
 
-    def loss(self, arm, flaws, by, seed, lr=None):
+    def loss(self, arm, flaws, by, seed, lr=None, control=None):
         """Loss of an arm that was trained under `flaws` and is scored under `by` (frozensets)."""
         lr = lr or self.rate(arm, flaws - IRRELEVANT[arm])
         flaws, by = flaws - IRRELEVANT[arm] - {"rate"}, by & {"head only", *SCORING}
-        return self.measured(arm, flaws, by - IRRELEVANT[arm], seed, lr)
+        return self.measured(arm, flaws, by - IRRELEVANT[arm], seed, lr, control)
 
 
 # ------------------------------------------------------------------------------------- results
@@ -233,13 +233,15 @@ def compare(lab, flaws):
     """What a set of flaws reports, and what is left of it: lists with a number per seed."""
     none, trunk = frozenset(), flaws & {"head only"}
 
-    def losses_of(arm, trained, by):
-        return [lab.loss(arm, trained, by, seed) for seed in SEEDS]
+    def losses_of(arm, trained, by, control=None):
+        return [lab.loss(arm, trained, by, seed, control=control) for seed in SEEDS]
 
     found = {"lora": losses_of("lora", flaws, flaws),
              "chameleon": losses_of("chameleon", flaws, flaws),
+             "chameleon, shuffled": losses_of("chameleon", flaws, flaws, "shuffled"),
              "chameleon by the honest rule": losses_of("chameleon", flaws, trunk)}
     found["reported gain"] = gain(found["lora"], found["chameleon"])
+    found["gain, shuffled"] = gain(found["lora"], found["chameleon, shuffled"])
     found["gain left"] = gain(losses_of("lora", none, none), found["chameleon by the honest rule"])
     found["learning rates"] = [lab.rate(arm, flaws) for arm in IRRELEVANT]
     if flaws & SCORING or not flaws:
@@ -254,7 +256,10 @@ def dissect(run, config, corpus):
     best = adapter_path(run, "lora", min(joint, key=lambda r: r["loss"])["seed"]) if joint else None
     adapted = load_adapter(run, best)[0] if best and best.exists() else None
     lab = Laboratory(run, config["args"], corpus, adapted)
+    notes = make_notes(lab, adapted)
+    print(notes)
     cases = {"none (honest)": frozenset(), **{FLAWS[f]: frozenset({f}) for f in FLAWS},
+             "last position and one learning rate": frozenset({"last", "rate"}),
              "the first five": frozenset(FLAWS) - {"rate"}, "all six": frozenset(FLAWS)}
     if adapted is None:  # then there is no LoRA in the transformer to leave out
         del cases[FLAWS["head only"]]
@@ -263,22 +268,22 @@ def dissect(run, config, corpus):
         found[name] = case = compare(lab, flaws)
         print(f"{name}: reported gain {spread(case['reported gain'], 3)}, "
               f"left {spread(case['gain left'], 3)}", flush=True)
-    table, notes = make_table(found), make_notes(lab, adapted)
+    table = make_table(found)
     write_text(run.folder / "anatomy.md", table + "\n" + notes)
     write_json(run.folder / "anatomy.json", {"notes": notes, "seeds": SEEDS, "cases": found})
     draw(found, run.folder / "anatomy.png")
-    print(f"\n{table}\n{notes}\nwrote {run.folder / 'anatomy.png'}")
+    print(f"\n{table}\nwrote {run.folder / 'anatomy.png'}")
     return found
 
 
 def make_table(found):
     """Markdown: a row per flaw, trained and scored under it, and re-scored under it alone."""
-    head = ("flaw", "LoRA", "chameleon", "reported gain", "chameleon, honest rule",
+    head = ("flaw", "LoRA", "chameleon", "reported gain", "the same, shuffled",
             "gain that is left", "reported gain, re-scored alone")
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for name, case in found.items():
         cells = [spread(case[key], 3) for key in (
-            "lora", "chameleon", "reported gain", "chameleon by the honest rule", "gain left")]
+            "lora", "chameleon", "reported gain", "gain, shuffled", "gain left")]
         cells.append(spread(case["re-scored"]["reported gain"], 3) if "re-scored" in case else "")
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines) + "\n"
@@ -291,33 +296,41 @@ def make_notes(lab, adapted):
     T = lab.states["validation", "frozen"].shape[1]
     return (
         f"Nats per token that the row's rule scores, ± over {len(SEEDS)} seeds; a gain of 0.01 is "
-        f"1% of perplexity. 'Gain that is left' is over the LoRA of the first row; 're-scored "
-        f"alone' takes the heads of the first row, not trained again. "
-        f"{len(lab.rows['train']):,} training rows and {len(rows):,} validation rows of at most "
-        f"{T} tokens; {(rows.length < T).mean():.0%} of the latter end in padding. {EPOCHS} epochs "
-        f"of each head on cached states, learning rate from {GRID} with seed 0, by the rule of its "
-        f"row, for both arms. Parameters: chameleon {heads[0]:,}, LoRA {heads[1]:,}, with the last "
-        f"flaw {heads[2]:,}."
+        f"1% of perplexity. 'Shuffled': the same weights are told another cluster's statistic. "
+        f"'Gain that is left': they are scored by the honest rule, against the LoRA of the first "
+        f"row. 'Re-scored alone': the heads of the first row, not trained again. "
+        f"{len(lab.rows['train']):,} training rows, passed over {EPOCHS} times, and {len(rows):,} "
+        f"validation rows of at most {T} tokens; {(rows.length < T).mean():.0%} of the latter end "
+        f"in padding. Learning rate: for either arm the best of {GRID} with seed 0, by the rule of "
+        f"its row; as one rate {lab.args['lr']}. Parameters: chameleon {heads[0]:,}, LoRA "
+        f"{heads[1]:,} or, 33 times fewer, {heads[2]:,}."
         + " The run has no joint LoRA adapter: the transformer is the frozen one." * (not adapted)
         + "\n")
 
 
-def draw(found, path):
-    """Reported gain against what is left of it, a pair of dots per flaw."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
+def draw(found, path, widest=20):
+    """Reported gain against what is left of it; a loss beyond `widest` nats is written out."""
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    at = np.arange(len(found))[::-1]
-    kinds = (("reported gain", "o", "reported, trained and scored under the flaw"),
-             ("gain left", "s", "left, the same weights by the honest rule"))
-    means = [[np.mean(case[key]) for case in found.values()] for key, _, _ in kinds]
-    for i, (key, marker, name) in enumerate(kinds):
-        error = [np.std(case[key]) for case in found.values()]
-        axes.errorbar(means[i], at, xerr=error, fmt=marker, color=COLOURS[1 - i], label=name)
-    axes.hlines(at, *means, color="0.7", zorder=0)
+    for i, (key, marker, name) in enumerate((
+            ("reported gain", "o", "reported: trained and scored under the flaw"),
+            ("gain left", "s", "left: the same weights by the honest rule"))):
+        gains = np.array([case[key] for case in found.values()])  # (rows, seeds)
+        at = np.arange(len(found))[::-1] + 0.3 * (0.5 - i)
+        colour, mean = COLOURS[1 - i], gains.mean(axis=1)
+        axes.plot(mean.clip(-widest, widest), at, marker, color=colour, label=name)
+        axes.hlines(at, gains.min(axis=1).clip(-widest), gains.max(axis=1).clip(-widest),
+                    color=colour)
+        for x, y in zip(mean, at, strict=True):
+            if abs(x) > widest:
+                axes.annotate(f"{x:,.0f}", (-widest, y), (6, -9), textcoords="offset points",
+                              color=colour, fontsize=9)
     axes.axvline(0, color="0.4", linewidth=1)
-    axes.set_xscale("symlog", linthresh=0.1)
-    axes.set_yticks(at, list(found))
-    axes.set_xlabel("gain over LoRA (nats per token; linear up to 0.1, then logarithmic)")
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2)
+    ticks = [-10, -1, -0.1, -0.01, 0, 0.01, 0.1, 1, 10]
+    axes.set_xscale("symlog", linthresh=0.01)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axes.set_yticks(np.arange(len(found))[::-1], list(found))
+    axes.set_xlabel("gain over LoRA (nats per token; logarithmic beyond ±0.01)")
     axes.grid(alpha=0.3, axis="x")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)

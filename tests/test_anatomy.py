@@ -177,7 +177,7 @@ def test_training_lowers_what_it_is_trained_on_and_knows_no_other_seed(
     assert lab.score(lab.train(arm, flaws, 0, 1e-2), flaws, 0) == trained
 
 
-@pytest.mark.parametrize("V, C, r", [(300, 8, 2), (4096, 192, 4), (50257, 768, 4)])
+@pytest.mark.parametrize("V, C, r", [(4096, 16, 2), (4096, 192, 4), (50257, 768, 4)])
 def test_parameters_are_matched_within_one_per_cent_or_33_times_fewer(V, C, r):
     heads = [make_head(arm, flaws, torch.empty(V, C, device="meta"), r, 1.0, 1)
              for arm, flaws in (("chameleon", ()), ("lora", ()), ("lora", ("parameters",)))]
@@ -199,7 +199,8 @@ def tiny_run(arguments, monkeypatch, capsys):
 def test_a_run_is_dissected_from_the_command_line(tiny_run, capsys):
     before = {p: p.read_bytes() for p in tiny_run.rglob("*") if p.is_file()}
     found = eval.main([str(tiny_run), "--anatomy"])
-    assert list(found) == ["none (honest)", *FLAWS.values(), "the first five", "all six"]
+    assert list(found) == ["none (honest)", *FLAWS.values(),
+                           "last position and one learning rate", "the first five", "all six"]
     saved = json.loads((tiny_run / "anatomy.json").read_text())
     assert saved["cases"] == json.loads(json.dumps(found))
     table = (tiny_run / "anatomy.md").read_text()
