@@ -2,6 +2,7 @@
 
     python eval.py runs/wikitext2                       # results.json, results.md, two figures
     python eval.py runs/wikitext2 --prompts prompts.txt # cluster, adapt, continue each line
+    python eval.py runs/wikitext2 --anatomy             # what the published code's flaws report
 
 A chameleon's score depends on the company that an example keeps, so three controls stand beside
 it, from the same weights: each example alone (its own prompt's statistic), shuffled (the statistic
@@ -333,6 +334,10 @@ def main(argv=None):
     metrics = text_metrics(config) if args.generations else None
     corpus = open_corpus(
         config["args"]["dataset"], args.data_dir or config["args"]["data_dir"], config)
+    if args.anatomy:
+        from anatomy import dissect  # it builds on this file
+
+        return dissect(run, config, corpus)
     run.examples = load_examples(
         corpus, run.tokenizer, config["args"]["block_size"], folder / "cache")
     if adapter_paths(folder, "shared"):

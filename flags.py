@@ -154,6 +154,8 @@ def eval_parser():
     add("--data-dir", help="where the data set lies (default: as in training)")
     add("--device", default="auto", choices=DEVICES, help="where to score")
     add("--dtype", choices=DTYPES, help="of matrix products (default: as in training)")
+    add("--anatomy", action="store_true", help="train and score a pair of heads under each flaw of "
+        "the published code, instead: some minutes on a CPU")
     add("--sweep", choices=("clusters", "cluster-size", "noise"), help="instead, vary the company "
         "that requests keep (study.py), of heads on a shared trunk if there are any")
     add("--methods", type=listed(METHODS), metavar="M,M", help="with --sweep: of these alone")
