@@ -6,13 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
+import torch
 
 import eval
 import prompts
+import study
 import train
-from data import Tokenizer
+from cache import CompanyCacheHead
+from common import load_adapter, open_corpus, open_run, share_trunk
+from data import Examples, Tokenizer, load_examples
 from files import UserError, read_tensors
+from hypernet import ChameleonHead
+from scoring import held_out_company, score
 
 
 @pytest.fixture
@@ -28,13 +36,13 @@ def test_a_run_leaves_what_the_readme_promises_and_scores_add_up(run, capsys):
     folder, _ = run
     entries = eval.main([str(folder)])
     names = {entry["name"] for entry in entries}
-    controls = {f"{method}, {control}" for method in ("chameleon", "company-cache")
-                for control in ("own prompt only", "shuffled", "constant")}
+    heads = {"chameleon": ChameleonHead, "company-cache": CompanyCacheHead}
+    controls = {f"{method}, {control}" for method in heads for control in heads[method].controls}
     assert names == {"frozen", "lora", "chameleon", "company-cache", *controls}
-    assert len(entries) == 1 + 2 * 9  # two seeds
+    assert len(entries) == 1 + 2 * (3 + len(controls))  # two seeds
 
     saved = json.loads((folder / "results.json").read_text())
-    assert saved["entries"] == json.loads(json.dumps(entries))
+    assert json.dumps(saved["entries"]) == json.dumps(entries)  # as text: NaN is not itself
     vocabulary = Tokenizer.load(folder / "tokenizer.json").vocab_size
     for split in ("validation", "test"):
         scored = {entry[split]["n_tokens"] for entry in entries}
@@ -51,7 +59,7 @@ def test_a_run_leaves_what_the_readme_promises_and_scores_add_up(run, capsys):
             entry, tensors = by_name[method, seed], read_tensors(path)[0]
             assert entry["bytes"] == path.stat().st_size
             trained = sum(t.numel() for name, t in tensors.items()
-                          if any(part in name for part in ("lora_", "hyper", "gate", "mass")))
+                          if any(part in name for part in ("lora_", "hyper", "share", "log_t")))
             assert entry["parameters"] == trained
             assert not any("wte" in name for name in tensors)  # adapter weights only
             # eval.py finds what training found, at its best evaluation
@@ -61,13 +69,96 @@ def test_a_run_leaves_what_the_readme_promises_and_scores_add_up(run, capsys):
 
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3 * (1 + 2 * 3)
-    assert all(list(r) == ["method", "seed", "step", "tokens", "split", "nll_sum", "n_tokens",
-                           "loss"] for r in records)
+    assert all(list(r) == ["method", "seed", "lr", "trunk", "step", "tokens", "split", "nll_sum",
+                           "n_tokens", "loss"] for r in records)
     table = (folder / "results.md").read_text()
     assert table in capsys.readouterr().out
     assert table.count("±") > 10 and "| frozen |" in table
-    for name in ("loss.png", "clusters.png"):
+    for name in ("loss.png", "pareto.png", "clusters.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    kept = np.load(folder / "losses.npz")  # an example each
+    for entry in entries:
+        mine = kept[f"joint/{entry['name']}/{entry['seed']}/test"]
+        assert mine.sum() == pytest.approx(entry["test"]["nll_sum"])
+
+
+def test_heads_on_a_shared_trunk_are_compared_pairwise_and_swept(run, capsys):
+    folder, arguments = run
+    shared = [*arguments, "--trunk", "shared", "--max-steps", "6", "--evaluations", "1"]
+    train.main([*shared, "--lr", "1e-3,1e-2",
+                "--methods", "lora-match,chameleon,per-sample,library,company-cache"])
+    grid = json.loads((folder / "grid.json").read_text())
+    assert len(grid) == 5 and all(len(outcomes) == 2 for outcomes in grid.values())
+    for seed in (0, 1):  # the rate that is best with the first seed is every seed's
+        _, info = read_tensors(folder / "shared" / f"chameleon-seed{seed}.safetensors")
+        outcomes = grid["shared chameleon-seed0"]
+        assert info["plan"]["lr"] == float(min(outcomes, key=outcomes.get))
+    train.main([*shared, "--lr", "1e-2", "--methods", "chameleon", "--told", "shuffled"])
+    entries = [e for e in eval.main([str(folder)]) if e["trunk"] == "shared"]
+    by_name = {e["name"]: e for e in entries}
+    match, adapted = by_name["lora-match"], by_name["chameleon"]
+    assert abs(match["parameters"] / adapted["parameters"] - 1) < 0.01
+    assert by_name["library"]["validation"] != by_name["library, blended"]["validation"]
+    assert "chameleon, trained on shuffled, shuffled" in by_name
+    table = (folder / "results.md").read_text()
+    assert "95% over articles" in table and eval.TITLES["shared"] in table
+    for kind in ("clusters", "cluster-size", "noise"):
+        records = eval.main([str(folder), "--sweep", kind])
+        assert (folder / f"sweep-{kind}.png").exists()
+        assert {r["method"] for r in records} >= {"chameleon", "company-cache"}
+    alone = {r["seed"]: r["loss"] for r in records
+             if (r["method"], r["variant"], r["x"]) == ("per-sample", "random tokens", 0.5)}
+    clean = {r["seed"]: r["loss"] for r in records
+             if (r["method"], r["variant"], r["x"]) == ("per-sample", "random tokens", 0.0)}
+    assert alone == clean  # nobody else's noise reaches it
+
+
+def test_a_head_on_the_shared_trunk_scores_as_it_does_on_the_whole_transformer(run):
+    """The kept states are what the transformer would have said: float32 here, so to rounding."""
+    folder, arguments = run
+    train.main([*arguments, "--trunk", "shared", "--max-steps", "6", "--evaluations", "1",
+                "--methods", "chameleon"])
+    opened, config = open_run(folder, torch.device("cpu"))
+    corpus = open_corpus(arguments[1], "data", config)
+    opened.examples = load_examples(corpus, opened.tokenizer, 24, folder / "cache")
+    share_trunk(opened)
+    head, plan = load_adapter(opened, folder / "shared" / "chameleon-seed0.safetensors")
+    rows = []
+    for model, examples in ((head, opened.shared), (study.whole_model(opened, head),
+                                                    opened.examples)):
+        company = held_out_company(opened, model, examples["test"], plan, "fit")
+        rows.append(score(opened, model, examples["test"], 8, company)[0])
+    np.testing.assert_allclose(*rows, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--methods", "prompt-tuning"], "prompt-tuning needs the transformer"),
+    (["--methods", "chameleon", "--out", "elsewhere"], "no base and no trunk"),
+])
+def test_a_shared_trunk_that_cannot_be_is_told_in_one_line(arguments, tmp_path, options, said):
+    options = [str(tmp_path / o) if o == "elsewhere" else o for o in options]
+    with pytest.raises(UserError, match=said):
+        train.main([*arguments, "--trunk", "shared", *options])
+
+
+def test_intervals_are_students_and_a_bootstrap_over_articles():
+    examples = Examples(np.zeros(9), np.zeros(3), np.array([3, 3, 3]), np.ones(3, dtype=int),
+                        np.array([0, 0, 1]))
+    losses, mine, theirs = {}, {}, {}
+    for seed, d in enumerate((-0.1, -0.2, -0.3)):
+        for name, shift, entries in (("a", d, mine), ("b", 0, theirs)):
+            rows = np.array([4.0, 5.0, 6.0]) + 2 * shift  # two scored tokens each
+            entries[seed] = {"name": name, "trunk": "joint", "seed": seed, "parameters": 1,
+                             "test": {"loss": rows.sum() / 6}}
+            losses[f"joint/{name}/{seed}/test"] = rows
+    found = eval.difference(mine, theirs, losses, examples)
+    half = scipy.stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
+    assert found["mean"] == pytest.approx(-0.2)
+    assert found["seeds"] == pytest.approx((-0.2 - half, -0.2 + half), rel=1e-3)
+    assert found["articles"] == pytest.approx((-0.2, -0.2))  # every article gains as much
+    assert eval.verdict(found) == "-"  # two of three seeds' worth: zero is inside
+    assert all(eval.T95[n] == pytest.approx(scipy.stats.t.ppf(0.975, n), abs=1e-3)
+               for n in eval.T95)
 
 
 def test_the_next_call_into_a_folder_reuses_base_and_adapters(run):
