@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from common import (adapter_paths, choose_device, keep_freed_memory, label, load_adapter,
                     memory_advice, open_corpus, open_run, read_records, share_trunk, wait)
-from data import load_examples
+from data import Corpus, load_examples
 from model import HeadAlone
 from prompts import continue_prompts, score_generations, text_metrics
 from scoring import held_out_company, score, scored_bytes, summed
@@ -71,7 +71,7 @@ def latency(run, model, company, batch_size=32):
     """Seconds that the head takes for a token of each of 32 requests, its updates being made."""
     head, width = model.lm_head, model.config.n_embd
     if head.reads_company:
-        return math.nan  # it grows with what is remembered
+        return None  # it grows with what is remembered
     hidden = torch.randn(batch_size, 1, width, device=run.device, dtype=run.dtype)
     updates = head.updates() if company is None else []
     if company is not None:
@@ -115,7 +115,7 @@ def score_run(run, args):
                         **found})
 
     for trunk in ("joint", "shared"):
-        paths = adapter_paths(run.folder, trunk)
+        paths = adapter_paths(run.folder, trunk) if trunk == "joint" or run.shared else []
         plan = {"method": "frozen", "trunk": run.trunk if trunk == "shared" else None}
         if paths or trunk == "joint":
             add(HeadAlone(run.base.config, run.base.lm_head) if plan["trunk"] else run.base, plan)
@@ -189,6 +189,7 @@ def make_table(entries, losses, examples):
         same = list(mine.values())
         rates = sorted({f"{entry['lr']:g}" for entry in same if entry["lr"]})
         cells = [name, f"{same[0]['parameters']:,}", f"{same[0]['bytes']:,}",
+                 "" if same[0]["latency"] is None else
                  f"{1e6 * np.median([entry['latency'] for entry in same]):.1f}", ", ".join(rates)]
         for split, key, digits in (("validation", "loss", 4), ("test", "loss", 4),
                                    ("test", "perplexity", 2), ("test", "bits_per_byte", 4)):
@@ -203,11 +204,11 @@ def make_table(entries, losses, examples):
     return "\n".join(lines) + "\n"
 
 
-def make_notes(run, config, entries):
-    args, tokens = config["args"], entries[0]
+def make_notes(run, dataset, entries):
+    tokens = entries[0]
     n_seeds = len({entry["seed"] for entry in entries[1:]})
     return (
-        f"Data {args['dataset']}, base of {sum(p.numel() for p in run.base.parameters()):,} "
+        f"Data {dataset}, base of {sum(p.numel() for p in run.base.parameters()):,} "
         f"parameters, {n_seeds} seed{'s' * (n_seeds != 1)}"
         f"{' (± is the standard deviation)' * (n_seeds > 1)}. Losses in nats per scored "
         f"token: {tokens['validation']['n_tokens']:,} of validation, "
@@ -332,19 +333,23 @@ def main(argv=None):
     if args.prompts is not None:
         return continue_prompts(run, config, args)
     metrics = text_metrics(config) if args.generations else None
-    corpus = open_corpus(
-        config["args"]["dataset"], args.data_dir or config["args"]["data_dir"], config)
+    data_dir, out = args.data_dir or config["args"]["data_dir"], folder
+    if args.on:
+        corpus, out = Corpus(args.on, data_dir), folder / f"on-{Path(args.on).stem}"
+    else:
+        corpus = open_corpus(config["args"]["dataset"], data_dir, config)
     if args.anatomy:
         from anatomy import dissect  # it builds on this file
 
         return dissect(run, config, corpus)
     run.examples = load_examples(
         corpus, run.tokenizer, config["args"]["block_size"], folder / "cache")
-    if adapter_paths(folder, "shared"):
+    del run.examples["train"]
+    if adapter_paths(folder, "shared") and not args.on:
         share_trunk(run)
     if args.sweep:
         return sweep(run, args, args.sweep, COLOURS)
-    args.instructions = config.get("instructions")
+    args.instructions = corpus.instructions
     entries, losses = score_run(run, args)
     test = run.examples["test"]
     text = ""
@@ -352,21 +357,23 @@ def main(argv=None):
         part = [entry for entry in entries if entry["trunk"] == trunk]
         if part and (trunk == "shared" or len(part) > 1 or len(part) == len(entries)):
             text += f"## {title}\n\n{make_table(part, losses, test)}\n"
-    text += make_notes(run, config, entries)
+    text += make_notes(run, args.on or config["args"]["dataset"], entries)
     generations = []
     if metrics:
         generations, more = score_generations(run, args, metrics)
         text += more
-    write_text(folder / "results.md", text)
-    write_json(folder / "results.json", {
+    write_text(out / "results.md", text)
+    write_json(out / "results.json", {
         "args": {key: value for key, value in config["args"].items() if key != "data_dir"},
-        "data": config["data"], "torch": torch.__version__,
+        "data": corpus.fingerprint, "torch": torch.__version__,
         "python": platform.python_version(), "machine": platform.machine(), "entries": entries,
         "generations": generations,
     })
-    with whole_file(folder / "losses.npz") as temporary, open(temporary, "wb") as file:
+    with whole_file(out / "losses.npz") as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **losses)
     print("\n" + text)
+    if args.on:  # the figures are of the training's own data
+        return entries
     trunk = entries[-1]["trunk"] if not adapter_paths(folder) else "joint"
     part = [entry for entry in entries if entry["trunk"] == trunk]
     drawn = {(entry["name"], entry["lr"], trunk) for entry in part}
@@ -375,7 +382,8 @@ def main(argv=None):
     part = [entry for entry in entries if entry["trunk"] == entries[-1]["trunk"]]
     draw_costs(part, folder / "pareto.png")
     print(f"wrote {folder / 'loss.png'} and {folder / 'pareto.png'}")
-    chameleons = [path for path in adapter_paths(folder) if path.name.startswith("chameleon")]
+    chameleons = [path for trunk in TITLES for path in adapter_paths(folder, trunk)
+                  if path.name.startswith("chameleon")]
     if chameleons and len(run.examples["validation"]) > 2:
         model, plan = load_adapter(run, chameleons[0])
         draw_clusters(run, model, plan, args.inference or plan["inference"],

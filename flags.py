@@ -156,6 +156,8 @@ def eval_parser():
     add("--dtype", choices=DTYPES, help="of matrix products (default: as in training)")
     add("--anatomy", action="store_true", help="train and score a pair of heads under each flaw of "
         "the published code, instead: some minutes on a CPU")
+    add("--on", metavar="DATA", help="score on another data set instead, --dataset's names or a "
+        "path: clusters are made of the requests at hand there; writes RUN/on-DATA/")
     add("--sweep", choices=("clusters", "cluster-size", "noise"), help="instead, vary the company "
         "that requests keep (study.py), of heads on a shared trunk if there are any")
     add("--methods", type=listed(METHODS), metavar="M,M", help="with --sweep: of these alone")
@@ -171,8 +173,8 @@ def eval_parser():
     add("--base-only", action="store_true", help="with --prompts: show the frozen base's too")
     add("--json", action="store_true", help="with --prompts: print JSON alone")
     add("--method", default="chameleon", help="with --prompts: the adapter that continues them")
-    add("--seed", type=number(int, 0), default=0, help="with --prompts: the adapter's seed, and "
-        "the sampler's")
+    add("--seed", type=number(int, 0), default=0, help="with --sweep and --prompts: the adapter's "
+        "seed, and the sampler's")
     add("--max-new-tokens", type=number(int, 1), default=60, help="with --prompts and "
         "--generations: length")
     add("--temperature", type=number(float, 0, 1e3), default=0.8,

@@ -5,7 +5,8 @@
     noise         a share of all requests is replaced by random tokens, or by text from elsewhere,
                   after clustering; the others, always the same half, are scored
 
-Validation split, all seeds. A head of --trunk shared is put back on its transformer.
+Validation split, the seed of --seed. A head of --trunk shared is put back on its transformer
+where others than its own states have to be read.
 """
 
 import copy
@@ -21,7 +22,7 @@ from files import write_json
 from scoring import held_out_company, score
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+SHARES = (0.0, 0.1, 0.25, 0.5)
 
 
 def whole_model(run, model):
@@ -98,7 +99,8 @@ def sweep(run, args, kind, colours):
         model, plan = load_adapter(run, path)
         wanted = "own prompt only" in model.lm_head.controls or (
             kind == "noise" and plan["method"] == "per-sample")
-        if not wanted or plan.get("told") or (args.methods and plan["method"] not in args.methods):
+        if not wanted or plan.get("told") or plan["seed"] != args.seed or (
+                args.methods and plan["method"] not in args.methods):
             continue
         examples = (run.shared if plan.get("trunk") else run.examples)["validation"]
         for variant, x, loss in SWEEPS[kind][0](run, model, plan, examples, args):
