@@ -8,7 +8,7 @@ from cache import NEVER, CacheHead, CompanyCacheHead, diffuse
 from common import Run, adapt
 from data import IGNORE, Examples
 from files import UserError
-from model import GPT, GPTConfig, LMHead
+from model import GPT, GPTConfig, LMHead, generate
 from scoring import Company, linear_cross_entropy, losses, score
 
 V, C = 12, 5
@@ -169,3 +169,32 @@ def test_diffused_features_equal_a_slow_loop():
     for _ in range(2):
         expected = torch.nn.functional.normalize(graph @ expected, dim=1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_decoding_in_step_equals_scoring_what_was_decoded(use_cache):
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(block_size=20, vocab_size=V, n_layer=1, n_head=1, n_embd=8)).eval()
+    plan = {"method": "company-cache", "rank": 2, "alpha": 4.0, "stat_scope": "running"}
+    model = adapt(base, plan).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    prompts, steps, stop = [[1, 2, 3, 4, 1], [2, 3], [5, 1, 2]], 6, 7
+    knows = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    found = generate(model, prompts, steps, cluster=knows, stop_token=stop, use_cache=use_cache)
+    rows = [list(prompt) for prompt in prompts]
+    for _ in range(steps):  # every step anew, from rows that end with a token yet to be predicted
+        length = np.array([len(row) + 1 for row in rows])
+        examples = Examples(np.concatenate([[*row, 0] for row in rows]), length.cumsum() - length,
+                            length, np.array([len(p) for p in prompts]), np.arange(3))
+        company = Company(model.lm_head, examples, torch.tensor([0, 0, 1]))
+        inputs, _, statistics, told = company.batch(examples, torch.arange(3))
+        assert torch.equal(told, knows)
+        with torch.no_grad():
+            log_p = model(inputs, statistics, told)
+        for row, p, n in zip(rows, log_p, length, strict=True):
+            if stop not in row:
+                row.append(int(p[n - 2].argmax()))
+    assert found == [row[len(p) :][: row.index(stop) - len(p)] if stop in row else row[len(p) :]
+                     for row, p in zip(rows, prompts, strict=True)]
+    assert len({tuple(row) for row in found}) > 1
