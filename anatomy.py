@@ -241,7 +241,7 @@ def compare(lab, flaws):
 def dissect(run, config, corpus):
     """Write anatomy.md, .json and .png into the run folder; returns what is in the .json."""
     joint = [r for r in read_records(run.folder)
-             if (r["method"], r["trunk"]) == ("lora", "joint")]
+             if (r["method"], r.get("trunk")) == ("lora", "joint")]
     best = adapter_path(run, "lora", min(joint, key=lambda r: r["loss"])["seed"]) if joint else None
     adapted = load_adapter(run, best)[0] if best and best.exists() else None
     lab = Laboratory(run, config["args"], corpus, adapted)
