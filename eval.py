@@ -390,7 +390,8 @@ def main(argv=None):
     trunk = entries[-1]["trunk"] if not adapter_paths(folder) else "joint"
     part = [entry for entry in entries if entry["trunk"] == trunk]
     drawn = {(entry["name"], entry["lr"], trunk) for entry in part}
-    records = [r for r in read_records(folder) if (r["method"], r.get("lr"), r.get("trunk")) in drawn]
+    records = [r for r in read_records(folder)
+               if (r["method"], r.get("lr"), r.get("trunk")) in drawn]
     draw_losses(records, part[0]["validation"]["loss"], folder / "loss.png")
     part = [entry for entry in entries if entry["trunk"] == entries[-1]["trunk"]]
     draw_costs(part, folder / "pareto.png")
