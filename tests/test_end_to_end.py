@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,12 +25,15 @@ from scoring import held_out_company, score
 
 
 @pytest.fixture
-def run(arguments, tmp_path, capsys):
+def run(arguments, tmp_path, tmp_path_factory, capsys):
+    """A run folder, and the command line that made it: trained once, a copy for each test."""
     arguments = [*arguments, "--max-steps", "40", "--base-epochs", "8", "--epochs", "3",
                  "--base-lr", "1e-2", "--seeds", "0,1"]
-    folder = train.main(arguments)
+    kept = tmp_path_factory.getbasetemp() / "kept-run"
+    if not kept.exists():
+        train.main([*arguments, "--out", str(kept)])
     capsys.readouterr()
-    return folder, arguments
+    return shutil.copytree(kept, tmp_path / "run"), arguments
 
 
 def test_a_run_leaves_what_the_readme_promises_and_scores_add_up(run, capsys):
