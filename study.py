@@ -127,6 +127,10 @@ def draw(records, kind, colours, path):
                   label=", ".join(filter(None, (method, variant))), markersize=5)
     if kind != "noise":
         axes.set_xscale("log", base=2)
+    low, high = axes.get_ylim()
+    middle, half = (low + high) / 2, max((high - low) / 2, 0.005)  # noise is not to fill the figure
+    axes.set_ylim(middle - half, middle + half)
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.set_xlabel(SWEEPS[kind][1])
     axes.set_ylabel("validation loss (nats per token)")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
