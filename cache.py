@@ -5,7 +5,7 @@ The statistic of a request is every token w_i that its cluster has produced so f
 hidden state h_i that came before it, and the update of the head is of as high a rank as there are
 tokens: A holds the states, B a one where the tokens are, and a softmax stands between them,
 
-    p(w | h) = (1 - l) softmax(W' h)_w + l [B softmax(t A h)]_w,    l = sigmoid(gate(h)).
+    p(w | h) = (1 - l) softmax(W' h)_w + l [B softmax(t A h)]_w,    l = sigmoid(gate(h, t A h)).
 
 So a request is reminded of how its mates went on from where it is now. W' is W with static LoRA.
 It is the continuous cache of Grave, Joulin & Usunier (2017), which remembers a row's own history
@@ -28,6 +28,7 @@ from hypernet import product_type, table
 from model import LMHead, Update, lora_factors
 
 NEVER = 1 << 30  # when padding is produced
+FASTER = 10  # AdamW moves all numbers alike, and these two have the longest way to go
 
 
 class CacheHead(LMHead):
@@ -37,6 +38,7 @@ class CacheHead(LMHead):
     """
 
     needs_statistics, clustered_batches, reads_company = True, False, True
+    own = 0.0
 
     def __init__(self, weight, scope="running"):
         super().__init__(weight)
@@ -82,13 +84,14 @@ class CacheHead(LMHead):
         nothing = (place <= pad[:, None]) | ((place > longest) & (tokens == stop))  # (B, T)
         return torch.stack([following, (place - longest).masked_fill(nothing, NEVER)], dim=2)
 
-    def gate(self, hidden):
-        """l (B, T), before the sigmoid."""
-        return self.share.expand(hidden.shape[:2])
+    def gate(self, hidden, match):
+        """l (B, T), before the sigmoid; match (B, T) is that of `attention`."""
+        return self.share.expand(match.shape)
 
     def attention(self, b, queries, hidden, statistics, knows):
-        """Share (q, n) of each of n remembered tokens, and the tokens (n,), at the positions
-        `queries` (q,) of row b. A position without memories gets zeros."""
+        """What is remembered at the positions `queries` (q,) of row b: share (q, n) of each of n
+        tokens, the tokens (n,), and how well they match (q,), the logarithm of exp(score)'s mean.
+        A position without memories gets zeros."""
         near = knows[b].nonzero()[:, 0]
         token, place = statistics[near].flatten(0, 1).unbind(1)  # (rows T,)
         now = statistics[b, queries, 1, None]  # (q, 1)
@@ -97,27 +100,31 @@ class CacheHead(LMHead):
         else:
             known = (place < (0 if self.scope == "prompt" else NEVER)).expand(len(queries), -1)
         ever = known.any(dim=0)
-        keys = hidden[near].flatten(0, 1)[ever]  # (n, C)
-        scores = hidden[b, queries] @ keys.T  # (q, C) @ (C, n) -> (q, n)
-        scores = scores.float() * (self.log_t.exp() / math.sqrt(hidden.shape[2]))
-        known = known[:, ever]
-        return scores.masked_fill(~known, -1e9).softmax(dim=1) * known, token[ever]
+        keys, known = hidden[near].flatten(0, 1)[ever], known[:, ever]  # (n, C), (q, n)
+        own = (near == b).repeat_interleave(hidden.shape[1])[ever]  # (n,)
+        scores = (hidden[b, queries] @ keys.T).float()  # (q, C) @ (C, n) -> (q, n)
+        scores = scores * (self.log_t.exp() / math.sqrt(hidden.shape[2])) + self.own * own
+        scores = scores.masked_fill(~known, -1e9)
+        n = known.sum(dim=1)
+        match = (scores.logsumexp(dim=1) - n.clamp(min=1).log()).where(n > 0, 0)
+        return scores.softmax(dim=1) * known, token[ever], match
 
     def recall(self, hidden, statistics, knows, targets, wanted):
         """l (B, T) and the memory's probability of the targets (B, T), where `wanted` (B, T).
 
         The transformer is not trained to be remembered: what is remembered is taken as it is.
         """
-        hidden, zero = hidden.detach(), torch.zeros(targets.shape[1], 2, device=hidden.device)
+        hidden, zero = hidden.detach(), torch.zeros(targets.shape[1], 3, device=hidden.device)
         rows = []
         for b in range(len(hidden)):
             queries = wanted[b].nonzero()[:, 0]
-            share, token = self.attention(b, queries, hidden, statistics, knows)
+            share, token, match = self.attention(b, queries, hidden, statistics, knows)
             hit = token == targets[b, queries, None]  # (q, n)
-            both = torch.stack([share.sum(dim=1), (share * hit).sum(dim=1)], dim=1)  # (q, 2)
-            rows.append(zero.index_add(0, queries, both))
-        some, found = torch.stack(rows).unbind(2)  # (B, T): 1 or, without memories, 0; and theirs
-        return self.gate(hidden).float().sigmoid() * some, found
+            found = torch.stack([share.sum(dim=1), (share * hit).sum(dim=1), match], dim=1)
+            rows.append(zero.index_add(0, queries, found))  # (q, 3) -> (T, 3)
+        # (B, T): 1 or, without memories, 0; the memory's probability; how well it matches
+        some, found, match = torch.stack(rows).unbind(2)
+        return self.gate(hidden, match).float().sigmoid() * some, found
 
     def forward(self, hidden, updates=(), knows=None, statistics=None, first=0):
         """Log-probabilities (B, T - first, V) of the positions from `first` on; logits are the same
@@ -125,13 +132,14 @@ class CacheHead(LMHead):
         now = hidden[:, first:]
         log_p = super().forward(now, updates).float().log_softmax(dim=2)
         queries = torch.arange(first, hidden.shape[1], device=hidden.device)
-        remembered = []
+        remembered, matches = [], []
         for b in range(len(hidden)):
-            share, token = self.attention(b, queries, hidden, statistics, knows)
+            share, token, match = self.attention(b, queries, hidden, statistics, knows)
             empty = torch.zeros_like(log_p[b])  # (q, V)
             remembered.append(empty.index_add(1, token, share))  # (q, n) -> (q, V)
-        remembered = torch.stack(remembered)
-        share = self.gate(now).float().sigmoid()[:, :, None] * (remembered.sum(2, True) > 0)
+            matches.append(match)
+        remembered, share = torch.stack(remembered), self.gate(now, torch.stack(matches))
+        share = share.float().sigmoid()[:, :, None] * (remembered.sum(2, True) > 0)
         return ((1 - share) * log_p.exp() + share * remembered).log()
 
 
@@ -144,7 +152,8 @@ def read_together(index, members):
 class CompanyCacheHead(CacheHead):
     """Static LoRA on the head, and the cache that the requests of a cluster share.
 
-    rank (C + V) + C + 2 parameters, and a buffer (V,), the inverse document frequencies that
+    The gate also knows how well the memories match, and a request's own have a score of their own.
+    rank (C + V) + C + 4 parameters, and a buffer (V,), the inverse document frequencies that
     weigh tokens for clustering.
     """
 
@@ -157,13 +166,20 @@ class CompanyCacheHead(CacheHead):
         self.scale = alpha / rank
         self.lora_A, self.lora_B = lora_factors(C, V, rank, weight.device)
         self.share_of = nn.Parameter(torch.zeros(C, device=weight.device))
+        self.trust = nn.Parameter(torch.zeros(2, device=weight.device))
         self.register_buffer("idf", torch.ones(V, device=weight.device))
 
     def updates(self, statistics=None):
         return [Update(self.scale * self.lora_A, self.lora_B)]
 
-    def gate(self, hidden):
-        return hidden @ self.share_of + self.share  # (B, T, C) @ (C,) -> (B, T)
+    @property
+    def own(self):
+        """What a token's score gains by being the request's own."""
+        return FASTER * self.trust[0]
+
+    def gate(self, hidden, match):
+        gate = hidden @ self.share_of + self.share  # (B, T, C) @ (C,) -> (B, T)
+        return gate + FASTER * self.trust[1] * match
 
     def fit_clusters(self, examples, k, generator):
         """Cluster (N,) of the training examples; measures document frequencies on the way."""

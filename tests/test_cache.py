@@ -31,6 +31,8 @@ def head_of(scope="running"):
     for p in head.parameters():
         if p is not head.weight:
             torch.nn.init.normal_(p)
+    if isinstance(head, CompanyCacheHead):
+        head.trust.data /= 10
     return head
 
 
@@ -46,7 +48,7 @@ def model_of(head):
 def test_parameters_are_loras_and_a_few():
     head = CompanyCacheHead(torch.empty(50257, 768, device="meta"), 4, 8.0)
     trained = sum(p.numel() for p in head.parameters() if p is not head.weight)
-    assert trained == 4 * (50257 + 768) + 768 + 2
+    assert trained == 4 * (50257 + 768) + 768 + 4
     cache = CacheHead(torch.empty(50257, 768, device="meta"))
     assert sum(p.numel() for p in cache.parameters() if p is not cache.weight) == 2
 
@@ -66,7 +68,7 @@ def test_the_loss_equals_remembering_one_token_at_a_time(scope, control):
         prompt, expected = EXAMPLES.prompt[i], 0.0
         for t in range(prompt, len(tokens)):
             h = states[tokens[t - 1]]
-            remembered, weights = torch.zeros(V), 0.0
+            remembered, weights, n = torch.zeros(V), 0.0, 0
             for j in range(len(EXAMPLES)):
                 if j != i and (control or CLUSTER[j] != CLUSTER[i]):
                     continue
@@ -76,9 +78,13 @@ def test_the_loss_equals_remembering_one_token_at_a_time(scope, control):
                     limit = {"prompt": 0, "running": t - prompt, "full": NEVER}[scope]
                     if offset < limit:
                         score_of = head.log_t.exp() / math.sqrt(C) * (h @ states[mate[u - 1]])
+                        score_of = score_of + 10 * head.trust[0] * (j == i)
                         remembered[mate[u]] += score_of.exp()
-                        weights += score_of.exp()
-            share = torch.sigmoid(h @ head.share_of + head.share) if weights > 0 else 0.0
+                        weights, n = weights + score_of.exp(), n + 1
+            share = 0.0
+            if n:
+                match = 10 * head.trust[1] * (weights / n).log()
+                share = torch.sigmoid(h @ head.share_of + head.share + match)
             p = (LMHead.forward(head, h[None, None], head.updates())[0, 0]).softmax(dim=0)
             remembered = remembered / weights if weights > 0 else remembered
             expected -= torch.log((1 - share) * p + share * remembered)[tokens[t]]

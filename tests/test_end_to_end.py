@@ -63,7 +63,8 @@ def test_a_run_leaves_what_the_readme_promises_and_scores_add_up(run, capsys):
             entry, tensors = by_name[method, seed], read_tensors(path)[0]
             assert entry["bytes"] == path.stat().st_size
             trained = sum(t.numel() for name, t in tensors.items()
-                          if any(part in name for part in ("lora_", "hyper", "share", "log_t")))
+                          if any(part in name for part in (
+                              "lora_", "hyper", "share", "log_t", "trust")))
             assert entry["parameters"] == trained
             assert not any("wte" in name for name in tensors)  # adapter weights only
             # eval.py finds what training found, at its best evaluation
