@@ -6,7 +6,7 @@ from pathlib import Path
 
 from files import UserError, read_json
 
-SIZES = ("nano", "small", "gpt2")  # model.py has their shapes
+SIZES = ("nano", "small", "medium", "gpt2")  # model.py has their shapes
 METHODS = ("frozen", "lora", "lora-match", "chameleon", "company-cache", "per-sample",
            "task-embedding", "scaled", "masks", "masks-alone", "library", "prompt-tuning",
            "cache")
@@ -94,8 +94,7 @@ def train_parser():
         "--data-dir; a folder with a GPT-2's config.json and model.safetensors (both with "
         "--tokenizer gpt2; a small --block-size saves memory); or another run's base.safetensors")
     add("--size", choices=SIZES, help="of a base from scratch: nano 2.6M parameters, "
-        "small 12M, gpt2 124M, at their vocabularies; time grows in proportion (default: nano, on "
-        "CUDA small)")
+        "small 12M, medium 27M, gpt2 124M; time grows in proportion (default: nano, on CUDA small)")
     add("--block-size", type=number(int, 4), metavar="T", help="tokens in a row: memory and time "
         "of a step grow in proportion, attention's with its square (default: by size, nano 256)")
     add("--tokenizer", choices=("bpe", "gpt2"), default="bpe",

@@ -39,6 +39,7 @@ class GPTConfig:
 SIZES = {
     "nano": dict(n_layer=4, n_head=3, n_embd=192, block_size=256),
     "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=512),
+    "medium": dict(n_layer=8, n_head=8, n_embd=512, block_size=256),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),
 }
 
