@@ -62,11 +62,8 @@ class CacheHead(LMHead):
         """
         rows = read_together(index, members)
         tokens, real = examples.rows(rows)
-        prompt, shown = (torch.from_numpy(column[rows.numpy(), None])
-                         for column in (examples.prompt, examples.shown))
-        place = torch.arange(tokens.shape[1])  # (T + 1,)
-        real &= (place < shown) | (place >= prompt)
-        place = (place - prompt).masked_fill(~real, NEVER)
+        prompt = torch.from_numpy(examples.prompt[rows.numpy(), None])
+        place = (torch.arange(tokens.shape[1]) - prompt).masked_fill(~real, NEVER)  # (B, T + 1)
         statistics = torch.stack([tokens * real, place], dim=2)[:, 1:]  # (B, T, 2)
         where = torch.zeros(len(examples), dtype=torch.int64)
         where[rows] = torch.arange(len(rows))
@@ -76,12 +73,14 @@ class CacheHead(LMHead):
         knows[who, where[members[whom]]] = True
         return statistics, knows
 
-    def decoding(self, tokens, pad, longest, stop):
+    def decoding(self, tokens, pad, longest, stop, context):
         """As `told`, statistics (B, T, 2) of sequences (B, T) that are decoded in step: prompts
-        with `pad` (B,) tokens of padding before them end at `longest`, and `stop` ends a row."""
+        with `pad` (B,) tokens of padding before them end at `longest`, and `stop`, or a full
+        `context`, ends a row."""
         following = tokens.roll(-1, dims=1)  # the last one is yet to come
         place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
         nothing = (place <= pad[:, None]) | ((place > longest) & (tokens == stop))  # (B, T)
+        nothing |= place - pad[:, None] >= context
         return torch.stack([following, (place - longest).masked_fill(nothing, NEVER)], dim=2)
 
     def gate(self, hidden, match):
@@ -102,15 +101,16 @@ class CacheHead(LMHead):
         ever = known.any(dim=0)
         keys, known = hidden[near].flatten(0, 1)[ever], known[:, ever]  # (n, C), (q, n)
         own = (near == b).repeat_interleave(hidden.shape[1])[ever]  # (n,)
-        scores = (hidden[b, queries] @ keys.T).float()  # (q, C) @ (C, n) -> (q, n)
-        scores = scores * (self.log_t.exp() / math.sqrt(hidden.shape[2])) + self.own * own
+        q = hidden[b, queries] * (self.log_t.exp() / math.sqrt(hidden.shape[2])).to(hidden.dtype)
+        scores = (q @ keys.T).float() + self.own * own  # (q, C) @ (C, n) -> (q, n)
         scores = scores.masked_fill(~known, -1e9)
         n = known.sum(dim=1)
         match = (scores.logsumexp(dim=1) - n.clamp(min=1).log()).where(n > 0, 0)
         return scores.softmax(dim=1) * known, token[ever], match
 
     def recall(self, hidden, statistics, knows, targets, wanted):
-        """l (B, T) and the memory's probability of the targets (B, T), where `wanted` (B, T).
+        """l / (1 - l) times the memory's probability of the targets (B, T), where `wanted` (B, T),
+        and log(1 - l) (B, T), both from l's logit: l may round to 1.
 
         The transformer is not trained to be remembered: what is remembered is taken as it is.
         """
@@ -122,9 +122,9 @@ class CacheHead(LMHead):
             hit = token == targets[b, queries, None]  # (q, n)
             found = torch.stack([share.sum(dim=1), (share * hit).sum(dim=1), match], dim=1)
             rows.append(zero.index_add(0, queries, found))  # (q, 3) -> (T, 3)
-        # (B, T): 1 or, without memories, 0; the memory's probability; how well it matches
-        some, found, match = torch.stack(rows).unbind(2)
-        return self.gate(hidden, match).float().sigmoid() * some, found
+        some, found, match = torch.stack(rows).unbind(2)  # (B, T)
+        gate = self.gate(hidden, match).float()
+        return gate.clamp(max=60).exp() * found, -F.softplus(gate) * (some > 0.5)
 
     def forward(self, hidden, updates=(), knows=None, statistics=None, first=0):
         """Log-probabilities (B, T - first, V) of the positions from `first` on; logits are the same
@@ -178,7 +178,7 @@ class CompanyCacheHead(CacheHead):
         return FASTER * self.trust[0]
 
     def gate(self, hidden, match):
-        gate = hidden @ self.share_of + self.share  # (B, T, C) @ (C,) -> (B, T)
+        gate = hidden @ self.share_of.to(hidden.dtype) + self.share  # (B, T, C) @ (C,) -> (B, T)
         return gate + FASTER * self.trust[1] * match
 
     def fit_clusters(self, examples, k, generator):

@@ -411,8 +411,8 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
         last = hidden[:, -1:].contiguous()  # else torch copies a frozen W once per sequence
         if model.lm_head.reads_company:
             past = hidden if past is None or not use_cache else torch.cat([past, hidden], dim=1)
-            told = model.lm_head.decoding(
-                tokens, pad, longest, -1 if stop_token is None else stop_token)
+            stop = -1 if stop_token is None else stop_token
+            told = model.lm_head.decoding(tokens, pad, longest, stop, context)
             logits = model.lm_head(past, updates, cluster, told, past.shape[1] - 1)[:, 0]  # (B, V)
         else:
             logits = model.lm_head(last, updates)[:, 0].float()  # (B, V)

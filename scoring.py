@@ -145,12 +145,10 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
     odds = None
     if head.reads_company:
         aim = send(targets)
-        share, found = head.recall(hidden, told, send(cluster), aim, aim != IGNORE)
-        share, found = scored(share[:, :, None])[:, 0], scored(found[:, :, None])[:, 0]
-        odds = share / (1 - share) * found
+        odds, rest = (scored(x[:, :, None])[:, 0] for x in head.recall(
+            hidden, told, send(cluster), aim, aim != IGNORE))
     total, each = linear_cross_entropy(scored(hidden), head.weight, wanted, pairs, counts, odds)
     if odds is not None:
-        rest = torch.log1p(-share)
         total, each = total - rest.sum(), each - rest.detach()
     rows = each.new_zeros(targets.numel()).index_copy_(0, place, each)  # (B * T,)
     return total, rows.view(targets.shape).sum(dim=1)

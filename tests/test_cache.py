@@ -117,6 +117,16 @@ def test_the_gradients_are_those_of_the_log_probabilities():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_share_that_rounds_to_one_leaves_loss_and_gradients_finite():
+    head = head_of()
+    head.share.data.fill_(30.0)
+    batch = Company(head, EXAMPLES, CLUSTER).batch(EXAMPLES, torch.arange(6))
+    total, rows = losses(model_of(head), *batch)
+    trained = [p for p in head.parameters() if p is not head.weight]
+    assert rows.isfinite().all()
+    assert all(d.isfinite().all() for d in torch.autograd.grad(total, trained))
+
+
 def test_odds_in_the_loss_pass_gradcheck():
     torch.manual_seed(0)
     hidden, weight, z, B = (torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -178,9 +188,10 @@ def test_diffused_features_equal_a_slow_loop():
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_decoding_in_step_equals_scoring_what_was_decoded(use_cache):
+@pytest.mark.parametrize("context", [20, 7])
+def test_decoding_in_step_equals_scoring_what_was_decoded(use_cache, context):
     torch.manual_seed(0)
-    base = GPT(GPTConfig(block_size=20, vocab_size=V, n_layer=1, n_head=1, n_embd=8)).eval()
+    base = GPT(GPTConfig(block_size=context, vocab_size=V, n_layer=1, n_head=1, n_embd=8)).eval()
     plan = {"method": "company-cache", "rank": 2, "alpha": 4.0, "stat_scope": "running"}
     model = adapt(base, plan).eval()
     for p in model.parameters():
@@ -189,9 +200,13 @@ def test_decoding_in_step_equals_scoring_what_was_decoded(use_cache):
     knows = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
     found = generate(model, prompts, steps, cluster=knows, stop_token=stop, use_cache=use_cache)
     rows = [list(prompt) for prompt in prompts]
+
+    def goes_on(row):
+        return stop not in row and len(row) < context
+
     for _ in range(steps):  # every step anew, from rows that end with a token yet to be predicted
-        length = np.array([len(row) + 1 for row in rows])
-        examples = Examples(np.concatenate([[*row, 0] for row in rows]), length.cumsum() - length,
+        length = np.array([len(row) + goes_on(row) for row in rows])
+        examples = Examples(np.concatenate([[*row, 0][:n] for row, n in zip(rows, length)]), length.cumsum() - length,
                             length, np.array([len(p) for p in prompts]), np.arange(3))
         company = Company(model.lm_head, examples, torch.tensor([0, 0, 1]))
         inputs, _, statistics, told = company.batch(examples, torch.arange(3))
@@ -199,8 +214,22 @@ def test_decoding_in_step_equals_scoring_what_was_decoded(use_cache):
         with torch.no_grad():
             log_p = model(inputs, statistics, told)
         for row, p, n in zip(rows, log_p, length, strict=True):
-            if stop not in row:
+            if goes_on(row):
                 row.append(int(p[n - 2].argmax()))
     assert found == [row[len(p) :][: row.index(stop) - len(p)] if stop in row else row[len(p) :]
                      for row, p in zip(rows, prompts, strict=True)]
     assert len({tuple(row) for row in found}) > 1
+    assert (max(map(len, rows)) == context) == (context == 7)  # one row has had to end there
+
+
+def test_decoding_in_16_bits_follows_the_same_memories():
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(block_size=20, vocab_size=V, n_layer=1, n_head=1, n_embd=8)).eval()
+    model = adapt(base, {"method": "company-cache", "rank": 2, "alpha": 4.0,
+                         "stat_scope": "running"}).eval()
+    torch.nn.init.normal_(model.lm_head.share_of)
+    model.lm_head.share.data.fill_(20.0)  # nothing but memories
+    model.transformer.to(torch.bfloat16)
+    knows = torch.ones(2, 2, dtype=torch.bool)
+    found = generate(model, [[1, 2, 1, 2, 1], [3, 3, 3]], 4, cluster=knows)
+    assert {token for row in found for token in row} <= {1, 2, 3}
