@@ -188,9 +188,9 @@ def test_diffused_features_equal_a_slow_loop():
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("context", [20, 7])
-def test_decoding_in_step_equals_scoring_what_was_decoded(use_cache, context):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("context, seed", [(20, 0), (7, 135)])  # 135: the end of a row matters
+def test_decoding_in_step_equals_scoring_what_was_decoded(use_cache, context, seed):
+    torch.manual_seed(seed)
     base = GPT(GPTConfig(block_size=context, vocab_size=V, n_layer=1, n_head=1, n_embd=8)).eval()
     plan = {"method": "company-cache", "rank": 2, "alpha": 4.0, "stat_scope": "running"}
     model = adapt(base, plan).eval()
