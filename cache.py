@@ -5,11 +5,13 @@ The statistic of a request is every token w_i that its cluster has produced so f
 hidden state h_i that came before it, and the update of the head is of as high a rank as there are
 tokens: A holds the states, B a one where the tokens are, and a softmax stands between them,
 
-    p(w | h) = (1 - l) softmax(W' h)_w + l [B softmax(t A h)]_w,    l = sigmoid(gate(h, t A h)).
+    p(w | h) = (1 - l) softmax(W' h)_w + l [B softmax(t A h + o)]_w,    l = sigmoid(gate(h) + a m).
 
-So a request is reminded of how its mates went on from where it is now. W' is W with static LoRA.
-It is the continuous cache of Grave, Joulin & Usunier (2017), which remembers a row's own history
-and stands here as a rival (`CacheHead`), given to all requests of a cluster and a trained gate.
+So a request is reminded of how its mates went on from where it is now. W' is W with static LoRA,
+m, the logarithm of the mean of exp(t A h + o), says how well the memories match, and o is what a
+request's own tokens have before its mates'. It is the continuous cache of Grave, Joulin & Usunier
+(2017), which remembers a row's own history and stands here as a rival (`CacheHead`), given to all
+requests of a cluster, with a trained gate.
 
 The requests of a cluster are decoded in step, and a token is known to its mates from the next step
 on: it moves only logits that are made after it (scope `running`). With scope `prompt` no more than
@@ -152,7 +154,6 @@ def read_together(index, members):
 class CompanyCacheHead(CacheHead):
     """Static LoRA on the head, and the cache that the requests of a cluster share.
 
-    The gate also knows how well the memories match, and a request's own have a score of their own.
     rank (C + V) + C + 4 parameters, and a buffer (V,), the inverse document frequencies that
     weigh tokens for clustering.
     """
