@@ -19,15 +19,14 @@ does, with standardised statistics and no dropout (see `hypernet.py`).
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
-from common import adapter_path, read_records
+from common import adapter_path, load_adapter, read_records
 from data import IGNORE, Examples, cut
-from eval import COLOURS, load_adapter, spread
+from eval import COLOURS, figure, markdown, spread
 from files import UserError, write_json, write_text
 from hypernet import ChameleonHead
 from model import HeadAlone, LoRAHead
@@ -47,9 +46,6 @@ IRRELEVANT = {"lora": {"statistics"}, "chameleon": {"parameters"}}  # change not
 LIMITS = {"train": 4096, "validation": 1024}  # rows: a fixed draw, the same for every number
 SEEDS, GRID, EPOCHS = (0, 1, 2), (1e-3, 3e-3, 1e-2, 3e-2), 1  # the same for both arms
 RATE = 1e-3  # train.py's default, where it is not chosen
-
-
-# ---------------------------------------------------------------------------------------- rows
 
 
 def short_rows(documents, tokenizer, T, limit):
@@ -95,7 +91,7 @@ def under(flaws, rows, states):
     """The same rows as a set of flaws sees them: what is real, and what is scored."""
     N, T = states.shape[:2]
     length = np.full(N, T) if "padding" in flaws else rows.length
-    seen = Examples(rows.tokens, rows.start, length, rows.prompt, rows.article)
+    seen = replace(rows, length=length)
     targets = torch.full((N, T), IGNORE)
     if "last" in flaws:
         last = torch.from_numpy(length - 1)
@@ -105,9 +101,6 @@ def under(flaws, rows, states):
         honest = seen.batch(np.arange(N))[1]  # (N, longest - 1): the token after each
         targets[:, : honest.shape[1]] = honest
     return CachedRows(**vars(seen) | {"states": states}, targets=targets)
-
-
-# --------------------------------------------------------------------------------------- heads
 
 
 @torch.no_grad()
@@ -148,7 +141,7 @@ class Laboratory:
             for name, model in self.trunks.items():
                 self.states[split, name] = last_states(run, model, tokens)
         # Many rows of the table ask the same; it is trained and scored once.
-        self.trained, self.measured = functools.cache(self.train), functools.cache(self.measure)
+        self.trained, self.score = functools.cache(self.train), functools.cache(self.score)
 
     def see(self, split, flaws):
         trunk = "frozen" if "head only" in flaws else "adapted"
@@ -193,9 +186,6 @@ class Laboratory:
         company = held_out_company(self.run, model, rows, plan, "fit", control)
         return summed(*score(self.run, model, rows, 64, company))["loss"]
 
-    def measure(self, arm, flaws, by, seed, lr, control):
-        return self.score(self.trained(arm, flaws, seed, lr), by, seed, control)
-
     def rate(self, arm, flaws):
         """The learning rate of GRID that does best with seed 0, by the rule that it is for."""
         if "rate" in flaws:
@@ -206,10 +196,8 @@ class Laboratory:
         """Loss of an arm that was trained under `flaws` and is scored under `by` (frozensets)."""
         lr = lr or self.rate(arm, flaws - IRRELEVANT[arm])
         flaws, by = flaws - IRRELEVANT[arm] - {"rate"}, by & {"head only", *SCORING}
-        return self.measured(arm, flaws, by - IRRELEVANT[arm], seed, lr, control)
-
-
-# ------------------------------------------------------------------------------------- results
+        head = self.trained(arm, flaws, seed, lr)
+        return self.score(head, by - IRRELEVANT[arm], seed, control)
 
 
 def gain(lora, chameleon):
@@ -224,10 +212,9 @@ def compare(lab, flaws):
     def losses_of(arm, trained, by, control=None):
         return [lab.loss(arm, trained, by, seed, control=control) for seed in SEEDS]
 
-    found = {"lora": losses_of("lora", flaws, flaws),
-             "chameleon": losses_of("chameleon", flaws, flaws),
-             "chameleon, shuffled": losses_of("chameleon", flaws, flaws, "shuffled"),
-             "chameleon by the honest rule": losses_of("chameleon", flaws, trunk)}
+    found = {arm: losses_of(arm, flaws, flaws) for arm in IRRELEVANT}
+    found["chameleon, shuffled"] = losses_of("chameleon", flaws, flaws, "shuffled")
+    found["chameleon by the honest rule"] = losses_of("chameleon", flaws, trunk)
     found["reported gain"] = gain(found["lora"], found["chameleon"])
     found["gain, shuffled"] = gain(found["lora"], found["chameleon, shuffled"])
     found["gain left"] = gain(losses_of("lora", none, none), found["chameleon by the honest rule"])
@@ -260,22 +247,21 @@ def dissect(run, config, corpus):
     table = make_table(found)
     write_text(run.folder / "anatomy.md", table + "\n" + notes)
     write_json(run.folder / "anatomy.json", {"notes": notes, "seeds": SEEDS, "cases": found})
+    print(f"\n{table}")
     draw(found, run.folder / "anatomy.png")
-    print(f"\n{table}\nwrote {run.folder / 'anatomy.png'}")
     return found
 
 
 def make_table(found):
     """Markdown: a row per flaw, trained and scored under it, and re-scored under it alone."""
-    head = ("flaw", "LoRA", "chameleon", "reported gain", "the same, shuffled",
-            "gain that is left", "reported gain, re-scored alone")
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    rows = [("flaw", "LoRA", "chameleon", "reported gain", "the same, shuffled",
+             "gain that is left", "reported gain, re-scored alone")]
     for name, case in found.items():
         cells = [spread(case[key], 3) for key in (
             "lora", "chameleon", "reported gain", "gain, shuffled", "gain left")]
         cells.append(spread(case["re-scored"]["reported gain"], 3) if "re-scored" in case else "")
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *cells])
+    return markdown(rows)
 
 
 def make_notes(lab, adapted):
@@ -299,27 +285,22 @@ def make_notes(lab, adapted):
 
 def draw(found, path, widest=20):
     """Reported gain against what is left of it; a loss beyond `widest` nats is written out."""
-    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for i, (key, marker, name) in enumerate((
-            ("reported gain", "o", "reported: trained and scored under the flaw"),
-            ("gain left", "s", "left: the same weights by the honest rule"))):
-        gains = np.array([case[key] for case in found.values()])  # (rows, seeds)
-        at = np.arange(len(found))[::-1] + 0.3 * (0.5 - i)
-        colour, mean = COLOURS[1 - i], gains.mean(axis=1)
-        axes.plot(mean.clip(-widest, widest), at, marker, color=colour, label=name)
-        axes.hlines(at, gains.min(axis=1).clip(-widest), gains.max(axis=1).clip(-widest),
-                    color=colour)
-        for x, y in zip(mean, at, strict=True):
-            if abs(x) > widest:
-                axes.annotate(f"{x:,.0f}", (-widest, y), (6, -9), textcoords="offset points",
-                              color=colour, fontsize=9)
-    axes.axvline(0, color="0.4", linewidth=1)
-    ticks = [-10, -1, -0.1, -0.01, 0, 0.01, 0.1, 1, 10]
-    axes.set_xscale("symlog", linthresh=0.01)
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
-    axes.set_yticks(np.arange(len(found))[::-1], list(found))
-    axes.set_xlabel("gain over LoRA (nats per token; logarithmic beyond ±0.01)")
-    axes.grid(alpha=0.3, axis="x")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=150)
+    place, ticks = np.arange(len(found))[::-1], [-10, -1, -0.1, -0.01, 0, 0.01, 0.1, 1, 10]
+    with figure(path, "gain over LoRA (nats per token; logarithmic beyond ±0.01)", "", (8.5, 4.5),
+                "x", loc="outside upper center", ncols=2) as axes:
+        for key, marker, name, colour, shift in (
+                ("reported gain", "o", "reported: trained and scored under the flaw", 1, 0.15),
+                ("gain left", "s", "left: the same weights by the honest rule", 0, -0.15)):
+            gains = np.array([case[key] for case in found.values()])  # (rows, seeds)
+            at, mean, colour = place + shift, gains.mean(axis=1), COLOURS[colour]
+            axes.plot(mean.clip(-widest, widest), at, marker, color=colour, label=name)
+            axes.hlines(at, gains.min(axis=1).clip(-widest), gains.max(axis=1).clip(-widest),
+                        color=colour)
+            for x, y in zip(mean, at, strict=True):
+                if abs(x) > widest:
+                    axes.annotate(f"{x:,.0f}", (-widest, y), (6, -9), textcoords="offset points",
+                                  color=colour, fontsize=9)
+        axes.axvline(0, color="0.4", linewidth=1)
+        axes.set_xscale("symlog", linthresh=0.01)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_yticks(place, list(found))
