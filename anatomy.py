@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from common import adapter_path, load_adapter, read_records
-from data import IGNORE, Examples, cut
+from data import IGNORE, Examples
 from eval import COLOURS, figure, markdown, spread
 from files import UserError, write_json, write_text
 from hypernet import ChameleonHead
@@ -57,21 +57,19 @@ def short_rows(documents, tokenizer, T, limit):
     texts = [(d.prompt, line) for d in documents
              for line in ([d.text] if d.prompt else d.text.split("\n")) if line.strip()]
     chosen = np.random.default_rng(0).permutation(len(texts))[:limit]
-    tokens, index = [], []
+    rows, prompts = [], []
     for prompt, text in (texts[i] for i in chosen):
         prompt = tokenizer.encode(prompt)
-        index.append((len(tokens), len(prompt), 0))
-        tokens += prompt + tokenizer.encode(text) + [tokenizer.end] * bool(prompt)
-    index = np.array([*index, (len(tokens), 0, 0)])
-    table = cut(np.array(tokens), index, T - 1)
-    first = np.flatnonzero(table.start == index[table.article, 0])  # one row a line
-    if not len(first):
+        row = (prompt + tokenizer.encode(text) + [tokenizer.end] * bool(prompt))[:T]
+        n = len(prompt) or max(1, len(row) // 4)  # a prompt as in data.py
+        if n < len(row):
+            rows.append(row)
+            prompts.append(n)
+    if not rows:
         raise UserError(f"--anatomy: no line has a prompt and a continuation within {T} tokens")
-    rows, real = table.rows(first)
-    padded = torch.full((len(first), T), tokenizer.end)
-    padded[:, : rows.shape[1]] = rows.where(real, tokenizer.end)
-    return padded, Examples(padded.numpy().reshape(-1), np.arange(len(first)) * T,
-                            table.length[first], table.prompt[first], np.arange(len(first)))
+    padded = torch.tensor([row + [tokenizer.end] * (T - len(row)) for row in rows])
+    place, length = np.arange(len(rows)), np.array([len(row) for row in rows])
+    return padded, Examples(padded.numpy().reshape(-1), place * T, length, np.array(prompts), place)
 
 
 @dataclass
@@ -90,13 +88,11 @@ class CachedRows(Examples):
 def under(flaws, rows, states):
     """The same rows as a set of flaws sees them: what is real, and what is scored."""
     N, T = states.shape[:2]
-    length = np.full(N, T) if "padding" in flaws else rows.length
-    seen = replace(rows, length=length)
+    seen = replace(rows, length=np.full(N, T) if "padding" in flaws else rows.length)
     targets = torch.full((N, T), IGNORE)
     if "last" in flaws:
-        last = torch.from_numpy(length - 1)
-        tokens = torch.from_numpy(rows.tokens).view(N, T)
-        targets.scatter_(1, last[:, None], tokens.gather(1, last[:, None]))
+        last = torch.from_numpy(seen.length - 1)[:, None]
+        targets.scatter_(1, last, torch.from_numpy(rows.tokens).view(N, T).gather(1, last))
     else:
         honest = seen.batch(np.arange(N))[1]  # (N, longest - 1): the token after each
         targets[:, : honest.shape[1]] = honest
@@ -133,12 +129,11 @@ class Laboratory:
     """The rows, their states under both transformers, and what was trained and scored on them."""
 
     def __init__(self, run, args, corpus, adapted=None):
-        self.run, self.args, T = run, args, min(128, run.base.config.block_size)
-        self.trunks = {"adapted": adapted or run.base, "frozen": run.base}
-        self.rows, self.states = {}, {}
+        T = min(128, run.base.config.block_size)
+        self.run, self.args, self.rows, self.states = run, args, {}, {}
         for split, limit in LIMITS.items():
             tokens, self.rows[split] = short_rows(corpus.documents(split), run.tokenizer, T, limit)
-            for name, model in self.trunks.items():
+            for name, model in (("adapted", adapted or run.base), ("frozen", run.base)):
                 self.states[split, name] = last_states(run, model, tokens)
         # Many rows of the table ask the same; it is trained and scored once.
         self.trained, self.score = functools.cache(self.train), functools.cache(self.score)
@@ -151,10 +146,9 @@ class Laboratory:
         """A head after EPOCHS passes over the training rows, as `flaws` see them."""
         run, args, rows = self.run, self.args, self.see("train", flaws)
         N, batch_size = len(rows), args["batch_size"]
-        k = -(-N // batch_size)
+        k, weight = -(-N // batch_size), run.base.transformer.wte.weight
         torch.manual_seed(seed)
-        head = make_head(arm, flaws, run.base.transformer.wte.weight, args["rank"], args["alpha"],
-                         k).to(run.device)
+        head = make_head(arm, flaws, weight, args["rank"], args["alpha"], k).to(run.device)
         model, cluster, told = HeadAlone(run.base.config, head), None, ()
         if head.needs_statistics:
             head.scope = scope(flaws)
@@ -175,7 +169,7 @@ class Laboratory:
             (nll / (targets != IGNORE).sum()).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         return head
 
     def score(self, head, by, seed, control=None):

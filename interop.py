@@ -20,6 +20,7 @@ seconds, best validation loss). `files.py` and `common.py` write and read it.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,26 +45,25 @@ def find_gpt2(base, data_dir):
 
     Raises UserError if the files are neither there nor to be had.
     """
-    names = ("config.json", "model.safetensors")
-    folder = Path(data_dir) / base if base in HUB_BASES else Path(base)
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing and base not in HUB_BASES:
-        raise UserError(f"--base {base}: the folder has no {missing[0]} (of a run, name the file "
-                        f"base.safetensors)")
-    if missing:
-        repository = f"openai-community/{base}"
+    names, hosted = ("config.json", "model.safetensors"), base in HUB_BASES
+    folder = Path(data_dir) / base if hosted else Path(base)
+    for name in names:
+        if (folder / name).exists():
+            continue
+        if not hosted:
+            raise UserError(f"--base {base}: the folder has no {name} (of a run, name the file "
+                            f"base.safetensors)")
         try:
             from huggingface_hub import hf_hub_download
             from huggingface_hub.utils import logging
 
             logging.set_verbosity_error()  # its retries; what came of them is told below
-            for name in missing:
-                hf_hub_download(repository, name, local_dir=folder)
+            hf_hub_download(f"openai-community/{base}", name, local_dir=folder)
         except Exception as error:  # whatever went wrong on the way, there are two ways out
             raise UserError(
-                f"--base {base}: {folder / missing[-1]} does not exist and the Hugging Face Hub "
-                f"cannot be reached ({type(error).__name__}); with a network try again, or put "
-                f"{' and '.join(names)} of {repository} there"
+                f"--base {base}: {folder / name} does not exist and the Hugging Face Hub cannot be "
+                f"reached ({type(error).__name__}); with a network try again, or put "
+                f"{' and '.join(names)} of openai-community/{base} there"
             ) from None
     return folder
 
@@ -94,11 +94,10 @@ def load_gpt2(folder, block_size=None, dropout=0.0):
     misshapen tensor, for a head that is not the token embedding, and for too large a block.
     """
     config, path = read_config(folder), Path(folder) / "model.safetensors"
-    positions, config.dropout = config.block_size, dropout
-    config.block_size = block_size or positions
-    if config.block_size > positions:
+    positions = config.block_size
+    if (block_size or 0) > positions:
         raise UserError(f"--block-size {block_size}: {folder} reads {positions} tokens at most")
-    model = GPT(config)
+    model = GPT(replace(config, block_size=block_size or positions, dropout=dropout))
     with tensor_file(path) as file:
         stored = {name.removeprefix("transformer."): name for name in file.keys()}
         for name, p in model.transformer.named_parameters():
@@ -144,10 +143,10 @@ def save_hf(model, folder, statistics=None):
         tensors["lm_head.weight"] = head.weight + sum(
             (update.B @ update.A).view_as(head.weight) for update in updates)  # (V, r) @ (r, C)
     end = config.vocab_size - 1
-    settings = {"model_type": "gpt2"} | {key: values[0] for key, values in FIXED.items()}
-    settings |= {key: getattr(config, ours) for key, ours in SHAPE.items()}
     write_tensors(Path(folder) / "model.safetensors", tensors)
-    write_json(Path(folder) / "config.json", settings | {
+    write_json(Path(folder) / "config.json", {
+        "model_type": "gpt2", **{key: values[0] for key, values in FIXED.items()},
+        **{key: getattr(config, ours) for key, ours in SHAPE.items()},
         "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": not updates,
         "bos_token_id": end, "eos_token_id": end, "embd_pdrop": config.dropout,
         "resid_pdrop": config.dropout, "attn_pdrop": 0.0, "dtype": "float32",
