@@ -160,8 +160,9 @@ def difference(mine, theirs, losses, examples, split="test"):
     bootstrap over articles, for what the choice of texts does: tokens of one article are no
     independent witnesses. None where there are no two seeds in common.
     """
-    if not mine[0]["parameters"]:  # the frozen base, or trunk, is the same for every seed
-        mine = dict.fromkeys(theirs, mine[0])
+    first = next(iter(mine.values()))
+    if not first["parameters"]:  # the frozen base, or trunk, is the same for every seed
+        mine = dict.fromkeys(theirs, first)
     pairs = [(mine[seed], theirs[seed]) for seed in theirs if seed in mine]
     if len(pairs) < 2:
         return None
@@ -264,10 +265,10 @@ def draw_losses(records, frozen, path):
             points = np.array([curve[:shortest] for curve in curves.values()])  # (seeds, points, 2)
             x, loss = points[..., 0].mean(axis=0), points[..., 1]
             name = f"{method}, {len(curves)} seed{'s' * (len(curves) > 1)}"
-            axes.plot(x, loss.mean(axis=0), MARKERS[i % 5] + "-", color=COLOURS[i], label=name,
-                      markersize=5)
-            axes.fill_between(x, loss.min(axis=0), loss.max(axis=0), color=COLOURS[i], alpha=0.2,
-                              linewidth=0)
+            axes.plot(x, loss.mean(axis=0), MARKERS[i % 5] + "-", color=COLOURS[i % 7],
+                      label=name, markersize=5)
+            axes.fill_between(x, loss.min(axis=0), loss.max(axis=0), color=COLOURS[i % 7],
+                              alpha=0.2, linewidth=0)
 
 
 def draw_costs(entries, path):
@@ -323,9 +324,6 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
                          label=f"{sizes[which]}: {words}")
         axes.set_title(f"{label(plan)}: {len(examples):,} validation prompts in {len(sizes)} "
                        f"clusters", fontsize=11)
-
-
-# ---------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
