@@ -19,15 +19,14 @@ does, with standardised statistics and no dropout (see `hypernet.py`).
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
-from common import adapter_path, read_records
-from data import IGNORE, Examples, cut
-from eval import COLOURS, load_adapter, spread
+from common import adapter_path, load_adapter, read_records
+from data import IGNORE, Examples
+from eval import COLOURS, figure, markdown, spread
 from files import UserError, write_json, write_text
 from hypernet import ChameleonHead
 from model import HeadAlone, LoRAHead
@@ -49,9 +48,6 @@ SEEDS, GRID, EPOCHS = (0, 1, 2), (1e-3, 3e-3, 1e-2, 3e-2), 1  # the same for bot
 RATE = 1e-3  # train.py's default, where it is not chosen
 
 
-# ---------------------------------------------------------------------------------------- rows
-
-
 def short_rows(documents, tokenizer, T, limit):
     """Tokens (N, T), padded with the end token, and `Examples` of their real tokens.
 
@@ -61,21 +57,19 @@ def short_rows(documents, tokenizer, T, limit):
     texts = [(d.prompt, line) for d in documents
              for line in ([d.text] if d.prompt else d.text.split("\n")) if line.strip()]
     chosen = np.random.default_rng(0).permutation(len(texts))[:limit]
-    tokens, index = [], []
+    rows, prompts = [], []
     for prompt, text in (texts[i] for i in chosen):
         prompt = tokenizer.encode(prompt)
-        index.append((len(tokens), len(prompt), 0))
-        tokens += prompt + tokenizer.encode(text) + [tokenizer.end] * bool(prompt)
-    index = np.array([*index, (len(tokens), 0, 0)])
-    table = cut(np.array(tokens), index, T - 1)
-    first = np.flatnonzero(table.start == index[table.article, 0])  # one row a line
-    if not len(first):
+        row = (prompt + tokenizer.encode(text) + [tokenizer.end] * bool(prompt))[:T]
+        n = len(prompt) or max(1, len(row) // 4)  # a prompt as in data.py
+        if n < len(row):
+            rows.append(row)
+            prompts.append(n)
+    if not rows:
         raise UserError(f"--anatomy: no line has a prompt and a continuation within {T} tokens")
-    rows, real = table.rows(first)
-    padded = torch.full((len(first), T), tokenizer.end)
-    padded[:, : rows.shape[1]] = rows.where(real, tokenizer.end)
-    return padded, Examples(padded.numpy().reshape(-1), np.arange(len(first)) * T,
-                            table.length[first], table.prompt[first], np.arange(len(first)))
+    padded = torch.tensor([row + [tokenizer.end] * (T - len(row)) for row in rows])
+    place, length = np.arange(len(rows)), np.array([len(row) for row in rows])
+    return padded, Examples(padded.numpy().reshape(-1), place * T, length, np.array(prompts), place)
 
 
 @dataclass
@@ -94,20 +88,15 @@ class CachedRows(Examples):
 def under(flaws, rows, states):
     """The same rows as a set of flaws sees them: what is real, and what is scored."""
     N, T = states.shape[:2]
-    length = np.full(N, T) if "padding" in flaws else rows.length
-    seen = Examples(rows.tokens, rows.start, length, rows.prompt, rows.article)
+    seen = replace(rows, length=np.full(N, T) if "padding" in flaws else rows.length)
     targets = torch.full((N, T), IGNORE)
     if "last" in flaws:
-        last = torch.from_numpy(length - 1)
-        tokens = torch.from_numpy(rows.tokens).view(N, T)
-        targets.scatter_(1, last[:, None], tokens.gather(1, last[:, None]))
+        last = torch.from_numpy(seen.length - 1)[:, None]
+        targets.scatter_(1, last, torch.from_numpy(rows.tokens).view(N, T).gather(1, last))
     else:
         honest = seen.batch(np.arange(N))[1]  # (N, longest - 1): the token after each
         targets[:, : honest.shape[1]] = honest
     return CachedRows(**vars(seen) | {"states": states}, targets=targets)
-
-
-# --------------------------------------------------------------------------------------- heads
 
 
 @torch.no_grad()
@@ -140,15 +129,14 @@ class Laboratory:
     """The rows, their states under both transformers, and what was trained and scored on them."""
 
     def __init__(self, run, args, corpus, adapted=None):
-        self.run, self.args, T = run, args, min(128, run.base.config.block_size)
-        self.trunks = {"adapted": adapted or run.base, "frozen": run.base}
-        self.rows, self.states = {}, {}
+        T = min(128, run.base.config.block_size)
+        self.run, self.args, self.rows, self.states = run, args, {}, {}
         for split, limit in LIMITS.items():
             tokens, self.rows[split] = short_rows(corpus.documents(split), run.tokenizer, T, limit)
-            for name, model in self.trunks.items():
+            for name, model in (("adapted", adapted or run.base), ("frozen", run.base)):
                 self.states[split, name] = last_states(run, model, tokens)
         # Many rows of the table ask the same; it is trained and scored once.
-        self.trained, self.measured = functools.cache(self.train), functools.cache(self.measure)
+        self.trained, self.score = functools.cache(self.train), functools.cache(self.score)
 
     def see(self, split, flaws):
         trunk = "frozen" if "head only" in flaws else "adapted"
@@ -158,10 +146,9 @@ class Laboratory:
         """A head after EPOCHS passes over the training rows, as `flaws` see them."""
         run, args, rows = self.run, self.args, self.see("train", flaws)
         N, batch_size = len(rows), args["batch_size"]
-        k = -(-N // batch_size)
+        k, weight = -(-N // batch_size), run.base.transformer.wte.weight
         torch.manual_seed(seed)
-        head = make_head(arm, flaws, run.base.transformer.wte.weight, args["rank"], args["alpha"],
-                         k).to(run.device)
+        head = make_head(arm, flaws, weight, args["rank"], args["alpha"], k).to(run.device)
         model, cluster, told = HeadAlone(run.base.config, head), None, ()
         if head.needs_statistics:
             head.scope = scope(flaws)
@@ -182,7 +169,7 @@ class Laboratory:
             (nll / (targets != IGNORE).sum()).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         return head
 
     def score(self, head, by, seed, control=None):
@@ -192,9 +179,6 @@ class Laboratory:
         plan = {"cluster_size": self.args["batch_size"], "seed": seed}
         company = held_out_company(self.run, model, rows, plan, "fit", control)
         return summed(*score(self.run, model, rows, 64, company))["loss"]
-
-    def measure(self, arm, flaws, by, seed, lr, control):
-        return self.score(self.trained(arm, flaws, seed, lr), by, seed, control)
 
     def rate(self, arm, flaws):
         """The learning rate of GRID that does best with seed 0, by the rule that it is for."""
@@ -206,10 +190,8 @@ class Laboratory:
         """Loss of an arm that was trained under `flaws` and is scored under `by` (frozensets)."""
         lr = lr or self.rate(arm, flaws - IRRELEVANT[arm])
         flaws, by = flaws - IRRELEVANT[arm] - {"rate"}, by & {"head only", *SCORING}
-        return self.measured(arm, flaws, by - IRRELEVANT[arm], seed, lr, control)
-
-
-# ------------------------------------------------------------------------------------- results
+        head = self.trained(arm, flaws, seed, lr)
+        return self.score(head, by - IRRELEVANT[arm], seed, control)
 
 
 def gain(lora, chameleon):
@@ -224,10 +206,9 @@ def compare(lab, flaws):
     def losses_of(arm, trained, by, control=None):
         return [lab.loss(arm, trained, by, seed, control=control) for seed in SEEDS]
 
-    found = {"lora": losses_of("lora", flaws, flaws),
-             "chameleon": losses_of("chameleon", flaws, flaws),
-             "chameleon, shuffled": losses_of("chameleon", flaws, flaws, "shuffled"),
-             "chameleon by the honest rule": losses_of("chameleon", flaws, trunk)}
+    found = {arm: losses_of(arm, flaws, flaws) for arm in IRRELEVANT}
+    found["chameleon, shuffled"] = losses_of("chameleon", flaws, flaws, "shuffled")
+    found["chameleon by the honest rule"] = losses_of("chameleon", flaws, trunk)
     found["reported gain"] = gain(found["lora"], found["chameleon"])
     found["gain, shuffled"] = gain(found["lora"], found["chameleon, shuffled"])
     found["gain left"] = gain(losses_of("lora", none, none), found["chameleon by the honest rule"])
@@ -260,22 +241,21 @@ def dissect(run, config, corpus):
     table = make_table(found)
     write_text(run.folder / "anatomy.md", table + "\n" + notes)
     write_json(run.folder / "anatomy.json", {"notes": notes, "seeds": SEEDS, "cases": found})
+    print(f"\n{table}")
     draw(found, run.folder / "anatomy.png")
-    print(f"\n{table}\nwrote {run.folder / 'anatomy.png'}")
     return found
 
 
 def make_table(found):
     """Markdown: a row per flaw, trained and scored under it, and re-scored under it alone."""
-    head = ("flaw", "LoRA", "chameleon", "reported gain", "the same, shuffled",
-            "gain that is left", "reported gain, re-scored alone")
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    rows = [("flaw", "LoRA", "chameleon", "reported gain", "the same, shuffled",
+             "gain that is left", "reported gain, re-scored alone")]
     for name, case in found.items():
         cells = [spread(case[key], 3) for key in (
             "lora", "chameleon", "reported gain", "gain, shuffled", "gain left")]
         cells.append(spread(case["re-scored"]["reported gain"], 3) if "re-scored" in case else "")
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *cells])
+    return markdown(rows)
 
 
 def make_notes(lab, adapted):
@@ -299,27 +279,22 @@ def make_notes(lab, adapted):
 
 def draw(found, path, widest=20):
     """Reported gain against what is left of it; a loss beyond `widest` nats is written out."""
-    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for i, (key, marker, name) in enumerate((
-            ("reported gain", "o", "reported: trained and scored under the flaw"),
-            ("gain left", "s", "left: the same weights by the honest rule"))):
-        gains = np.array([case[key] for case in found.values()])  # (rows, seeds)
-        at = np.arange(len(found))[::-1] + 0.3 * (0.5 - i)
-        colour, mean = COLOURS[1 - i], gains.mean(axis=1)
-        axes.plot(mean.clip(-widest, widest), at, marker, color=colour, label=name)
-        axes.hlines(at, gains.min(axis=1).clip(-widest), gains.max(axis=1).clip(-widest),
-                    color=colour)
-        for x, y in zip(mean, at, strict=True):
-            if abs(x) > widest:
-                axes.annotate(f"{x:,.0f}", (-widest, y), (6, -9), textcoords="offset points",
-                              color=colour, fontsize=9)
-    axes.axvline(0, color="0.4", linewidth=1)
-    ticks = [-10, -1, -0.1, -0.01, 0, 0.01, 0.1, 1, 10]
-    axes.set_xscale("symlog", linthresh=0.01)
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
-    axes.set_yticks(np.arange(len(found))[::-1], list(found))
-    axes.set_xlabel("gain over LoRA (nats per token; logarithmic beyond ±0.01)")
-    axes.grid(alpha=0.3, axis="x")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=150)
+    place, ticks = np.arange(len(found))[::-1], [-10, -1, -0.1, -0.01, 0, 0.01, 0.1, 1, 10]
+    with figure(path, "gain over LoRA (nats per token; logarithmic beyond ±0.01)", "", (8.5, 4.5),
+                "x", loc="outside upper center", ncols=2) as axes:
+        for key, marker, name, colour, shift in (
+                ("reported gain", "o", "reported: trained and scored under the flaw", 1, 0.15),
+                ("gain left", "s", "left: the same weights by the honest rule", 0, -0.15)):
+            gains = np.array([case[key] for case in found.values()])  # (rows, seeds)
+            at, mean, colour = place + shift, gains.mean(axis=1), COLOURS[colour]
+            axes.plot(mean.clip(-widest, widest), at, marker, color=colour, label=name)
+            axes.hlines(at, gains.min(axis=1).clip(-widest), gains.max(axis=1).clip(-widest),
+                        color=colour)
+            for x, y in zip(mean, at, strict=True):
+                if abs(x) > widest:
+                    axes.annotate(f"{x:,.0f}", (-widest, y), (6, -9), textcoords="offset points",
+                                  color=colour, fontsize=9)
+        axes.axvline(0, color="0.4", linewidth=1)
+        axes.set_xscale("symlog", linthresh=0.01)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_yticks(place, list(found))

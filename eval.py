@@ -14,10 +14,10 @@ larger or longer-trained adapter. What a method gains over lora-match is called 
 95% intervals, over seeds and over articles, both say so. Losses per example are in losses.npz.
 """
 
-import functools
 import math
 import platform
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from files import run_cli, whole_file, write_json, write_text
@@ -33,14 +33,15 @@ from matplotlib.figure import Figure
 from common import (adapter_paths, choose_device, keep_freed_memory, label, load_adapter,
                     memory_advice, open_corpus, open_run, read_records, share_trunk, wait)
 from data import Corpus, load_examples
-from model import HeadAlone
-from prompts import continue_prompts, score_generations, text_metrics
+from model import HeadAlone, Update
+from prompts import continue_prompts, score_generations, strengths, text_metrics
 from scoring import held_out_company, score, scored_bytes, summed
-from study import sweep
 
 
 # Okabe & Ito's palette: told apart by all kinds of colour vision, and in grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = "os^DvP*X<>dph"
+BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # a legend, of the axes
 # Two-sided 95% points of Student's t distribution, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 TITLES = {"joint": "Trained jointly with LoRA in the transformer",
@@ -52,22 +53,18 @@ TITLES = {"joint": "Trained jointly with LoRA in the transformer",
 
 def score_model(run, model, plan, args, n_bytes, control=None):
     """What an entry says of the splits, speed and latency, and the losses (N,) of each split."""
-    result, rows, seconds = {}, {}, 0.0
-    examples_of = run.shared if plan.get("trunk") else run.examples
+    result, rows, seconds, n_read = {}, {}, 0.0, 0
     inference = args.inference or plan.get("inference")
-    for split in ("validation", "test"):
-        examples = examples_of[split]
+    for split, examples in (run.shared if plan.get("trunk") else run.examples).items():
         start = time.perf_counter()
         with memory_advice("lower --batch-size"):
             company = held_out_company(run, model, examples, plan, inference, control)
             rows[split], counts = score(run, model, examples, args.batch_size, company)
         seconds += time.perf_counter() - start
-        found = summed(rows[split], counts)
-        result[split] = found | {
-            "perplexity": math.exp(found["loss"]),
-            "bits_per_byte": found["nll_sum"] / math.log(2) / n_bytes[split],
-        }
-    n_read = sum(int(run.examples[split].length.sum()) for split in result)
+        n_read += int(examples.length.sum())
+        result[split] = found = summed(rows[split], counts)
+        found["perplexity"] = math.exp(found["loss"])
+        found["bits_per_byte"] = found["nll_sum"] / math.log(2) / n_bytes[split]
     return result | {"speed": n_read / seconds, "latency": latency(run, model, company)}, rows
 
 
@@ -77,28 +74,25 @@ def latency(run, model, company, batch_size=32):
 
     Updates are made before; a cache remembers all of the requests' rows.
     """
-    head, told, length = model.lm_head, (None, None), 1
+    head, statistics, which, length = model.lm_head, None, None, 1
     if company is not None:
         index = company.cluster.argsort(stable=True)[:batch_size]  # whole clusters, but the last
-        which = company.cluster[index].unique(return_inverse=True)[1]
-        told = head.told(company.prompts, index, which, index, which)
-        batch_size, told = len(index), [t.to(run.device) for t in told]
+        group = company.cluster[index].unique(return_inverse=True)[1]
+        told = head.told(company.prompts, index, group, index, group)
+        batch_size, (statistics, which) = len(index), (t.to(run.device) for t in told)
+    updates, rest = head.updates(statistics), ()
     if head.reads_company:
-        length = told[0].shape[1]
+        length = statistics.shape[1]
+        rest = which, statistics, length - 1
+    else:
+        updates = [Update(*(t.to(run.dtype) for t in update.of(which))) for update in updates]
     hidden = torch.randn(batch_size, length, model.config.n_embd, device=run.device,
                          dtype=run.dtype)
-    updates = head.updates(told[0])
-    if head.reads_company:
-        call = functools.partial(head, hidden, updates, told[1], told[0], length - 1)
-    else:
-        updates = [u if told[1] is None else u.of(told[1]) for u in updates]
-        updates = [u._replace(A=u.A.to(run.dtype), B=u.B.to(run.dtype)) for u in updates]
-        call = functools.partial(head, hidden, updates)
     times = []
     for _ in range(30):
         start = time.perf_counter()
         with run.autocast:
-            call()
+            head(hidden, updates, *rest)
         wait(run.device)
         times.append(time.perf_counter() - start)
     return float(np.median(times)) / batch_size
@@ -106,15 +100,13 @@ def latency(run, model, company, batch_size=32):
 
 def score_run(run, args):
     """One entry per adapter and control, for tables and results.json, and losses per example."""
-    sizes = run.tokenizer.bytes_per_token()
-    n_bytes = {split: scored_bytes(run.examples[split], sizes) for split in ("validation", "test")}
-    entries, losses = [], {}
+    sizes, entries, losses = run.tokenizer.bytes_per_token(), [], {}
+    n_bytes = {split: scored_bytes(rows, sizes) for split, rows in run.examples.items()}
 
     def add(model, plan, control=None, path=None):
-        name = label(plan) + (f", {control}" if control else "")
-        finished = path is None or path.with_suffix(".last.safetensors").exists()
-        name += "" if finished else " (unfinished)"
-        trunk, seed = "shared" if plan.get("trunk") else "joint", plan.get("seed", 0)
+        name, seed = label(plan) + (f", {control}" if control else ""), plan.get("seed", 0)
+        if path and not path.with_suffix(".last.safetensors").exists():
+            name += " (unfinished)"
         if control == "blended":
             model.lm_head.blend = True
         found, rows = score_model(run, model, plan, args, n_bytes, control)
@@ -127,12 +119,12 @@ def score_run(run, args):
                         "parameters": parameters, "bytes": path.stat().st_size if path else 0,
                         **found})
 
-    for trunk in ("joint", "shared"):
-        paths = adapter_paths(run.folder, trunk) if trunk == "joint" or run.shared else []
-        plan = {"method": "frozen", "trunk": run.trunk if trunk == "shared" else None}
-        if paths or trunk == "joint":
-            add(HeadAlone(run.base.config, run.base.lm_head) if plan["trunk"] else run.base, plan)
-        for path in paths:
+    frozen = {"joint": run.base}
+    if run.shared:
+        frozen["shared"] = HeadAlone(run.base.config, run.base.lm_head)
+    for trunk, model in frozen.items():
+        add(model, {"method": "frozen", "trunk": run.trunk if trunk == "shared" else None})
+        for path in adapter_paths(run.folder, trunk):
             model, plan = load_adapter(run, path)
             controls = () if plan.get("told") else model.lm_head.controls
             for control in (plan.get("told"), *controls):
@@ -142,6 +134,13 @@ def score_run(run, args):
 
 
 # --------------------------------------------------------------------------------------- table
+
+
+def markdown(rows):
+    """A table of rows of cells, the first row its head; numbers, to the right, but in column 1."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    lines.insert(1, "| --- |" + " ---: |" * (len(rows[0]) - 1))
+    return "\n".join(lines) + "\n"
 
 
 def spread(values, digits):
@@ -161,8 +160,9 @@ def difference(mine, theirs, losses, examples, split="test"):
     bootstrap over articles, for what the choice of texts does: tokens of one article are no
     independent witnesses. None where there are no two seeds in common.
     """
-    if not mine[0]["parameters"]:  # the frozen base, or trunk, is the same for every seed
-        mine = dict.fromkeys(theirs, mine[0])
+    first = next(iter(mine.values()))
+    if not first["parameters"]:  # the frozen base, or trunk, is the same for every seed
+        mine = dict.fromkeys(theirs, first)
     pairs = [(mine[seed], theirs[seed]) for seed in theirs if seed in mine]
     if len(pairs) < 2:
         return None
@@ -196,7 +196,7 @@ def make_table(entries, losses, examples):
     rival = of_method(entries, "lora-match")
     if len(rival) > 1:
         head += ["test loss less lora-match's", "95% over seeds", "95% over articles", ""]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    rows = [head]
     for name in dict.fromkeys(entry["name"] for entry in entries):
         mine = of_method(entries, name)
         same = list(mine.values())
@@ -206,14 +206,14 @@ def make_table(entries, losses, examples):
         for split, key, digits in (("validation", "loss", 4), ("test", "loss", 4),
                                    ("test", "perplexity", 2), ("test", "bits_per_byte", 4)):
             cells.append(spread([entry[split][key] for entry in same], digits))
-        if len(rival) > 1:
-            found = difference(mine, rival, losses, examples) if name != "lora-match" else None
-            cells += [""] * 4 if found is None else [
-                f"{found['mean']:+.4f}",
-                *(f"{found[of][0]:+.4f} to {found[of][1]:+.4f}" for of in ("seeds", "articles")),
-                verdict(found)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        found = difference(mine, rival, losses, examples) if name != "lora-match" else None
+        if found:
+            cells.append(f"{found['mean']:+.4f}")
+            for low, high in (found["seeds"], found["articles"]):
+                cells.append(f"{low:+.4f} to {high:+.4f}")
+            cells.append(verdict(found))
+        rows.append(cells + [""] * (len(head) - len(cells)))
+    return markdown(rows)
 
 
 def make_notes(run, dataset, entries):
@@ -236,66 +236,63 @@ def make_notes(run, dataset, entries):
 # ------------------------------------------------------------------------------------- figures
 
 
+@contextmanager
+def figure(path, x_label, y_label, size=(8, 4.5), grid="both", **legend):
+    """Axes to draw on, which are then labelled and saved."""
+    axes = Figure(figsize=size, layout="constrained").subplots()
+    yield axes
+    axes.set(xlabel=x_label, ylabel=y_label)
+    outside = legend.get("loc", "").startswith("outside")
+    (axes.figure if outside else axes).legend(frameon=False, **legend)
+    if grid:
+        axes.grid(alpha=0.3, axis=grid)
+    axes.figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
 def draw_losses(records, frozen, path):
     """Validation loss against training tokens; seeds are a band around their mean."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(frozen, color="0.4", linestyle="--", label="frozen base")
-    for i, method in enumerate(dict.fromkeys(record["method"] for record in records)):
-        curves = {}
-        for record in records:
-            if record["method"] == method:
-                curve = curves.setdefault(record["seed"], [(0, frozen)])
-                curve.append((record["tokens"] / 1e6, record["loss"]))
-        shortest = min(map(len, curves.values()))
-        points = np.array([curve[:shortest] for curve in curves.values()])  # (seeds, points, 2)
-        x, mean = points[..., 0].mean(axis=0), points[..., 1].mean(axis=0)
-        name = f"{method}, {len(curves)} seed{'s' * (len(curves) > 1)}"
-        axes.plot(x, mean, "os^Dv"[i % 5] + "-", color=COLOURS[i], label=name, markersize=5)
-        axes.fill_between(x, points[..., 1].min(axis=0), points[..., 1].max(axis=0),
-                          color=COLOURS[i], alpha=0.2, linewidth=0)
-    axes.set_xlabel("training tokens of the adapter (millions)")
-    axes.set_ylabel("validation loss (nats per token)")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with figure(path, "training tokens of the adapter (millions)",
+                "validation loss (nats per token)") as axes:
+        axes.axhline(frozen, color="0.4", linestyle="--", label="frozen base")
+        for i, method in enumerate(dict.fromkeys(record["method"] for record in records)):
+            curves = {}
+            for record in records:
+                if record["method"] == method:
+                    curve = curves.setdefault(record["seed"], [(0, frozen)])
+                    curve.append((record["tokens"] / 1e6, record["loss"]))
+            shortest = min(map(len, curves.values()))
+            points = np.array([curve[:shortest] for curve in curves.values()])  # (seeds, points, 2)
+            x, loss = points[..., 0].mean(axis=0), points[..., 1]
+            name = f"{method}, {len(curves)} seed{'s' * (len(curves) > 1)}"
+            axes.plot(x, loss.mean(axis=0), MARKERS[i % 5] + "-", color=COLOURS[i % 7],
+                      label=name, markersize=5)
+            axes.fill_between(x, loss.min(axis=0), loss.max(axis=0), color=COLOURS[i % 7],
+                              alpha=0.2, linewidth=0)
 
 
 def draw_costs(entries, path):
     """Test loss against trained parameters: who is below and to the left of whom."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(entries[0]["test"]["loss"], color="0.4", linestyle="--", label="frozen")
     names = [name for name in dict.fromkeys(entry["name"] for entry in entries[1:])
-             if not any(name.endswith(f", {control}") for control in CONTROLS)]
-    for i, name in enumerate(names):
-        mine = of_method(entries, name).values()
-        values = [entry["test"]["loss"] for entry in mine]
-        parameters = next(entry["parameters"] for entry in mine)
-        axes.errorbar(parameters, np.mean(values), yerr=np.std(values), capsize=3, markersize=7,
-                      fmt="os^DvP*X<>dph"[i % 13], color=COLOURS[i % 7], label=name)
-    axes.set_xscale("log")
-    axes.set_xlabel("trained parameters")
-    axes.set_ylabel("test loss (nats per token)")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+             if not name.endswith(tuple(f", {control}" for control in CONTROLS))]
+    with figure(path, "trained parameters", "test loss (nats per token)", **BESIDE) as axes:
+        axes.axhline(entries[0]["test"]["loss"], color="0.4", linestyle="--", label="frozen")
+        for i, name in enumerate(names):
+            mine = list(of_method(entries, name).values())
+            values = [entry["test"]["loss"] for entry in mine]
+            axes.errorbar(mine[0]["parameters"], np.mean(values), yerr=np.std(values), capsize=3,
+                          markersize=7, fmt=MARKERS[i % 13], color=COLOURS[i % 7], label=name)
+        axes.set_xscale("log")
 
 
-def typical_words(present, mine, tokenizer, n=3):
-    """Words that set a cluster apart: present (N, V) in which examples, of which `mine` (N,)."""
-    inside = present[mine].sum(axis=0)
-    expected = present.mean(axis=0) * mine.sum()
-    strength = inside * np.log(np.maximum(inside, 0.1) / np.maximum(expected, 0.1))
-    words = []
-    for token in np.argsort(-strength, kind="stable"):
-        word = tokenizer.decode([int(token)])
-        # Whole words of some length: pieces of words say little to a reader.
-        if len(word) > 3 and word[0] == " " and word[1:].isalpha() and inside[token] > 1:
-            words.append(word.strip())
-        if len(words) == n:
-            break
-    return words
+def typical_words(seen, members, tokenizer, n=3):
+    """Words that set a cluster's `members` apart; seen: the tokens of each example, a set."""
+    strength, inside = strengths(seen, members)
+    tokens = sorted(inside, key=lambda token: (-strength[token], token))
+    words = (tokenizer.decode([token]) for token in tokens if inside[token] > 1)
+    # Whole words of some length: pieces of words say little to a reader.
+    return [word.strip() for word in words
+            if len(word) > 3 and word[0] == " " and word[1:].isalpha()][:n]
 
 
 def draw_clusters(run, model, plan, inference, path, n_labels=7):
@@ -305,36 +302,28 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
     features = company.prompts.features(model.lm_head.center.cpu())
     cluster = company.cluster.numpy()
     centred = features - features.mean(dim=0)
-    _, scales, axes_of = torch.linalg.svd(centred, full_matrices=False)
-    plane = (centred @ axes_of[:2].T).numpy()  # (N, C) @ (C, 2) -> (N, 2)
+    _, scales, directions = torch.linalg.svd(centred, full_matrices=False)
+    plane = (centred @ directions[:2].T).numpy()  # (N, C) @ (C, 2) -> (N, 2)
     share = (scales.square() / scales.square().sum())[:2].tolist()
     sizes = np.bincount(cluster)
     largest = np.argsort(-sizes, kind="stable")[:n_labels]
-    tokens, mask = (t.numpy() for t in examples.prompts(np.arange(len(examples)),
-                                                         plan["stat_scope"]))
-    present = np.zeros((len(examples), run.tokenizer.vocab_size), dtype=bool)
-    present[np.nonzero(mask)[0], tokens[mask]] = True
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.subplots()
-    others = ~np.isin(cluster, largest)
-    if others.any():
-        axes.scatter(*plane[others].T, s=8, color="0.8", linewidths=0,
-                     label=f"{len(sizes) - len(largest)} smaller clusters")
-    for i, which in enumerate(largest):
-        mine = cluster == which
-        words = " ".join(typical_words(present, mine, run.tokenizer))
-        axes.scatter(*plane[mine].T, s=22, color=COLOURS[i], marker="os^DvP*"[i], linewidths=0,
-                     label=f"{sizes[which]}: {words}")
-    axes.set_xlabel(f"first principal component ({share[0]:.0%} of variance)")
-    axes.set_ylabel(f"second principal component ({share[1]:.0%} of variance)")
-    axes.set_title(f"{label(plan)}: {len(examples):,} validation prompts in {len(sizes)} clusters",
-                   fontsize=11)
-    axes.legend(title="members: typical words", frameon=False, fontsize=9,
-                loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=150)
-
-
-# ---------------------------------------------------------------------------------------- main
+    prompts = zip(*examples.prompts(range(len(examples)), plan["stat_scope"]), strict=True)
+    seen = [set(tokens[mask].tolist()) for tokens, mask in prompts]
+    labels = [f"{nth} principal component ({part:.0%} of variance)"
+              for nth, part in zip(("first", "second"), share, strict=True)]
+    with figure(path, *labels, (8, 5.5), None, title="members: typical words", fontsize=9,
+                **BESIDE) as axes:
+        others = ~np.isin(cluster, largest)
+        if others.any():
+            axes.scatter(*plane[others].T, s=8, color="0.8", linewidths=0,
+                         label=f"{len(sizes) - len(largest)} smaller clusters")
+        for i, which in enumerate(largest):
+            mine = cluster == which
+            words = " ".join(typical_words(seen, np.flatnonzero(mine), run.tokenizer))
+            axes.scatter(*plane[mine].T, s=22, color=COLOURS[i], marker=MARKERS[i], linewidths=0,
+                         label=f"{sizes[which]}: {words}")
+        axes.set_title(f"{label(plan)}: {len(examples):,} validation prompts in {len(sizes)} "
+                       f"clusters", fontsize=11)
 
 
 def main(argv=None):
@@ -361,20 +350,22 @@ def main(argv=None):
     if adapter_paths(folder, "shared") and not args.on:
         share_trunk(run)
     if args.sweep:
-        return sweep(run, args, args.sweep, COLOURS)
+        from study import sweep  # so does it
+
+        return sweep(run, args)
     args.instructions = corpus.instructions
     entries, losses = score_run(run, args)
-    test = run.examples["test"]
-    text = ""
-    for trunk, title in TITLES.items():
-        part = [entry for entry in entries if entry["trunk"] == trunk]
-        if part and (trunk == "shared" or len(part) > 1 or len(part) == len(entries)):
-            text += f"## {title}\n\n{make_table(part, losses, test)}\n"
+    parts = {trunk: [entry for entry in entries if entry["trunk"] == trunk] for trunk in TITLES}
+    text = "".join(f"## {TITLES[trunk]}\n\n{make_table(part, losses, run.examples['test'])}\n"
+                   for trunk, part in parts.items() if part)
     text += make_notes(run, args.on or config["args"]["dataset"], entries)
-    generations = []
-    if metrics:
-        generations, more = score_generations(run, args, metrics)
-        text += more
+    generations = score_generations(run, args, metrics) if metrics else []
+    if generations:
+        rows = [(e["name"], str(e["seed"]), f"{e['bleu']:.2f}", f"{e['rouge_l']:.2f}")
+                for e in generations]
+        text += (f"\n{markdown([('method', 'seed', 'BLEU', 'ROUGE-L'), *rows])}\n"
+                 f"The same {generations[0]['n']} test instructions for all, continued greedily by "
+                 f"at most {args.max_new_tokens} tokens.\n")
     write_text(out / "results.md", text)
     write_json(out / "results.json", {
         "args": {key: value for key, value in config["args"].items() if key != "data_dir"},
@@ -387,22 +378,17 @@ def main(argv=None):
     print("\n" + text)
     if args.on:  # the figures are of the training's own data
         return entries
-    trunk = entries[-1]["trunk"] if not adapter_paths(folder) else "joint"
-    part = [entry for entry in entries if entry["trunk"] == trunk]
-    drawn = {(entry["name"], entry["lr"], trunk) for entry in part}
+    drawn = {(entry["name"], entry["lr"], "joint") for entry in parts["joint"]}
     records = [r for r in read_records(folder)
                if (r["method"], r.get("lr"), r.get("trunk")) in drawn]
-    draw_losses(records, part[0]["validation"]["loss"], folder / "loss.png")
-    part = [entry for entry in entries if entry["trunk"] == entries[-1]["trunk"]]
-    draw_costs(part, folder / "pareto.png")
-    print(f"wrote {folder / 'loss.png'} and {folder / 'pareto.png'}")
+    draw_losses(records, entries[0]["validation"]["loss"], folder / "loss.png")
+    draw_costs(parts["shared"] or parts["joint"], folder / "pareto.png")
     chameleons = [path for trunk in TITLES for path in adapter_paths(folder, trunk)
                   if path.name.startswith("chameleon")]
     if chameleons and len(run.examples["validation"]) > 2:
         model, plan = load_adapter(run, chameleons[0])
         draw_clusters(run, model, plan, args.inference or plan["inference"],
                       folder / "clusters.png")
-        print(f"wrote {folder / 'clusters.png'}")
     return entries
 
 

@@ -20,13 +20,14 @@ seconds, best validation loss). `files.py` and `common.py` write and read it.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from files import UserError, read_json, tensor_file, write_json, write_tensors
 from flags import HUB_BASES
-from model import GPT, GPTConfig, LoRAHead, LoRALinear
+from model import GPT, GPTConfig, LMHead, LoRAHead, LoRALinear, merge_lora
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out)
 # What config.json may say where this GPT has no choice; first what it writes itself.
@@ -39,34 +40,30 @@ SHAPE = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_
          "n_head": "n_head", "n_embd": "n_embd"}
 
 
-# --------------------------------------------------------------------------------- whole models
-
-
 def find_gpt2(base, data_dir):
     """Folder of `base`: a folder, or a name of HUB_BASES, fetched once and kept in `data_dir`.
 
     Raises UserError if the files are neither there nor to be had.
     """
-    names = ("config.json", "model.safetensors")
-    folder = Path(data_dir) / base if base in HUB_BASES else Path(base)
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing and base not in HUB_BASES:
-        raise UserError(f"--base {base}: the folder has no {missing[0]} (of a run, name the file "
-                        f"base.safetensors)")
-    if missing:
-        repository = f"openai-community/{base}"
+    names, hosted = ("config.json", "model.safetensors"), base in HUB_BASES
+    folder = Path(data_dir) / base if hosted else Path(base)
+    for name in names:
+        if (folder / name).exists():
+            continue
+        if not hosted:
+            raise UserError(f"--base {base}: the folder has no {name} (of a run, name the file "
+                            f"base.safetensors)")
         try:
             from huggingface_hub import hf_hub_download
             from huggingface_hub.utils import logging
 
             logging.set_verbosity_error()  # its retries; what came of them is told below
-            for name in missing:
-                hf_hub_download(repository, name, local_dir=folder)
+            hf_hub_download(f"openai-community/{base}", name, local_dir=folder)
         except Exception as error:  # whatever went wrong on the way, there are two ways out
             raise UserError(
-                f"--base {base}: {folder / missing[-1]} does not exist and the Hugging Face Hub "
-                f"cannot be reached ({type(error).__name__}); with a network try again, or put "
-                f"{' and '.join(names)} of {repository} there"
+                f"--base {base}: {folder / name} does not exist and the Hugging Face Hub cannot be "
+                f"reached ({type(error).__name__}); with a network try again, or put "
+                f"{' and '.join(names)} of openai-community/{base} there"
             ) from None
     return folder
 
@@ -97,11 +94,10 @@ def load_gpt2(folder, block_size=None, dropout=0.0):
     misshapen tensor, for a head that is not the token embedding, and for too large a block.
     """
     config, path = read_config(folder), Path(folder) / "model.safetensors"
-    positions, config.dropout = config.block_size, dropout
-    config.block_size = block_size or positions
-    if config.block_size > positions:
+    positions = config.block_size
+    if (block_size or 0) > positions:
         raise UserError(f"--block-size {block_size}: {folder} reads {positions} tokens at most")
-    model = GPT(config)
+    model = GPT(replace(config, block_size=block_size or positions, dropout=dropout))
     with tensor_file(path) as file:
         stored = {name.removeprefix("transformer."): name for name in file.keys()}
         for name, p in model.transformer.named_parameters():
@@ -139,31 +135,23 @@ def save_hf(model, folder, statistics=None):
         raise ValueError(f"a {type(head).__name__} has an update per cluster: pass statistics of 1")
     if head.reads_company or head.soft_prompts(statistics) is not None:
         raise ValueError(f"GPT-2 has no place for what a {type(head).__name__} adds")
-    updates = head.updates(statistics)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    tensors = {}
-    for name, p in model.transformer.named_parameters(prefix="transformer"):
-        layer = layers.get(name.removesuffix(".weight"))
-        if name.endswith((".lora_A", ".lora_B")):
-            continue
-        if layer is not None and not layer.merged:
-            p = p + layer.scale * (layer.lora_B @ layer.lora_A)  # (out, r) @ (r, in)
-        tensors[name] = p.T if name.endswith(CONV1D) else p  # (out, in) -> (in, out)
+    updates, merged = head.updates(statistics), copy.deepcopy(model.transformer)
+    merge_lora(merged)
+    tensors = {name: p.T if name.endswith(CONV1D) else p  # (out, in) -> (in, out)
+               for name, p in merged.named_parameters("transformer") if ".lora_" not in name}
     if updates:
         tensors["lm_head.weight"] = head.weight + sum(
             (update.B @ update.A).view_as(head.weight) for update in updates)  # (V, r) @ (r, C)
     end = config.vocab_size - 1
-    settings = {"model_type": "gpt2"} | {key: values[0] for key, values in FIXED.items()}
-    settings |= {key: getattr(config, ours) for key, ours in SHAPE.items()}
     write_tensors(Path(folder) / "model.safetensors", tensors)
-    write_json(Path(folder) / "config.json", settings | {
+    write_json(Path(folder) / "config.json", {
+        "model_type": "gpt2", **{key: values[0] for key, values in FIXED.items()},
+        **{key: getattr(config, ours) for key, ours in SHAPE.items()},
         "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": not updates,
         "bos_token_id": end, "eos_token_id": end, "embd_pdrop": config.dropout,
         "resid_pdrop": config.dropout, "attn_pdrop": 0.0, "dtype": "float32",
     })
 
-
-# ------------------------------------------------------------------------------------------ LoRA
 
 PEFT = "base_model.model."  # what peft puts before the names of the model that it wraps
 # Variants of LoRA that would need other arithmetic; all are off where a config leaves them out.
@@ -187,13 +175,13 @@ def save_peft(model, folder, head=True):
                          f"writes the LoRA of the transformer alone")
     if head and isinstance(model.lm_head, LoRAHead):
         layers["lm_head"] = model.lm_head
-    rank = len(next(iter(layers.values())).lora_A)
+    first = next(iter(layers.values()))
     write_tensors(Path(folder) / "adapter_model.safetensors", {
         f"{PEFT}{name}.{part}.weight": getattr(layer, part)
         for name, layer in layers.items() for part in ("lora_A", "lora_B")})
     write_json(Path(folder) / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
-        "r": rank, "lora_alpha": next(iter(layers.values())).scale * rank, "lora_dropout": 0.0,
+        "r": len(first.lora_A), "lora_alpha": first.scale * len(first.lora_A), "lora_dropout": 0.0,
         "bias": "none", "inference_mode": True,
         # transformers keeps GPT-2's linear layers (in, out); peft corrects this for lm_head.
         "fan_in_fan_out": True,
@@ -212,9 +200,10 @@ def load_peft(base, folder):
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{folder}: adapter_config.json is not that of a LoRA")
     odd = [key for key in VARIANTS if config.get(key)]
-    if odd or config.get("bias", "none") != "none":
-        raise UserError(f"{folder}: the LoRA has {(odd or ['bias'])[0]} = "
-                        f"{config[(odd or ['bias'])[0]]}, which is not supported here")
+    odd += ["bias"] * (config.get("bias", "none") != "none")
+    if odd:
+        raise UserError(f"{folder}: the LoRA has {odd[0]} = {config[odd[0]]}, which is not "
+                        f"supported here")
     model = copy.deepcopy(base).requires_grad_(False)
     alpha, layers = config.get("lora_alpha"), {}
     if type(alpha) not in (int, float):
@@ -228,19 +217,18 @@ def load_peft(base, folder):
                 raise UserError(f"{path}: {name} is not a LoRA's")
             elif not torch.equal(file.get_tensor(name).float(), base.lm_head.weight.cpu()):
                 raise UserError(f"{path} was trained on another base: lm_head.weight differs")
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    there = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, LMHead))}
     for name, found in layers.items():
-        layer = model.lm_head if name == "lm_head" else linear.get(name)
+        layer = there.get(name)
         n_out, n_in = layer.weight.shape if layer is not None else (0, 0)
         A, B = (found.get(part, torch.empty(0, 0)) for part in ("lora_A", "lora_B"))
         if (A.shape[1], B.shape[0]) != (n_in, n_out) or not len(A) == B.shape[1] > 0:
             raise UserError(f"{path}: the LoRA of {name} does not fit this base")
-        if name == "lm_head":
-            adapted = model.lm_head = LoRAHead(layer.weight, len(A), alpha)
+        if layer is model.lm_head:
+            adapted = LoRAHead(layer.weight, len(A), alpha)
         else:
             adapted = LoRALinear(layer, len(A), alpha)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, adapted)
+        model.set_submodule(name, adapted)
         adapted.lora_A.copy_(A)
         adapted.lora_B.copy_(B)
     if not layers:

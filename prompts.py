@@ -114,14 +114,17 @@ def read_prompts(name):
 def telling_words(texts, members, n=4):
     """Words that set the texts `members` apart from all `texts`; of equals, the longer ones."""
     words = [set(re.findall(r"[^\W\d_]{4,}", text.lower())) for text in texts]
-    everywhere = Counter(word for own in words for word in own)
-    inside = Counter(word for i in members for word in words[i])
+    strength, inside = strengths(words, members)
+    return sorted(inside, key=lambda w: (strength[w], inside[w], len(w), w), reverse=True)[:n]
 
-    def strength(word):
-        expected = everywhere[word] * len(members) / len(texts)
-        return inside[word] * math.log(inside[word] / expected), inside[word], len(word), word
 
-    return sorted(inside, key=strength, reverse=True)[:n]
+def strengths(sets, members):
+    """How far an element of the sets `members` sets these apart from all of `sets`, and how many
+    of them have it; both by element."""
+    everywhere = Counter(element for own in sets for element in own)
+    inside = Counter(element for i in members for element in sets[i])
+    return {element: n * math.log(n / (everywhere[element] * len(members) / len(sets)))
+            for element, n in inside.items()}, inside
 
 
 def continue_prompts(run, config, args):
@@ -139,24 +142,24 @@ def continue_prompts(run, config, args):
             raise UserError(f"--prompts: {text[:40]!r}... has {len(prompt)} tokens and the model "
                             f"reads {context} at most, prompt and continuation; shorten it")
     found, cluster = answers(run, args, args.method, prompts)
-    adapted, beside = cluster is not None, {}
-    cluster = cluster or [0] * len(texts)
-    for name, wanted, method in (("static", args.static, "lora"),
-                                 ("base_only", args.base_only, "frozen")):
-        if wanted:
-            beside[name] = answers(run, args, method, prompts)[0]
+    beside = {name: answers(run, args, method, prompts)[0]
+              for name, method in (("static", "lora"), ("base_only", "frozen"))
+              if getattr(args, name)}
+    adapted, cluster = cluster is not None, cluster or [0] * len(texts)
+    together = not args.assign and len(texts) > 1
     text_of = run.tokenizer.decode
     shown = [{"prompt": text, "cluster": own, "continuation": text_of(new)}
              | {name: text_of(rows[i]) for name, rows in beside.items()}
              for i, (text, own, new) in enumerate(zip(texts, cluster, found, strict=True))]
-    groups = [{"cluster": c, "prompts": (members := [i for i in range(len(texts))
-                                                     if cluster[i] == c]),
-               "words": telling_words(texts, members)} for c in sorted(set(cluster))]
+    groups = []
+    for c in sorted(set(cluster)):
+        members = [i for i, own in enumerate(cluster) if own == c]
+        groups.append({"cluster": c, "prompts": members, "words": telling_words(texts, members)})
     if args.json:
         print(json.dumps({
             "method": args.method, "seed": args.seed, "clusters": groups if adapted else [],
-            "depends_on_batch_mates":  # a draw depends on the draws before it
-                (adapted or args.temperature > 0) and not args.assign and len(texts) > 1,
+            # a draw depends on the draws before it
+            "depends_on_batch_mates": together and (adapted or args.temperature > 0),
             "answers": shown}, indent=2))
         return found
     for group in groups:
@@ -169,12 +172,9 @@ def continue_prompts(run, config, args):
             print(f"\n{entry['prompt']}[{entry['continuation']}]")
             for name in beside:
                 print(f"  {name.replace('_', ' ')}: [{entry[name]}]")
-    if adapted and not args.assign and len(texts) > 1:
+    if adapted and together:
         print("\nThese answers depend on each other's prompts; --assign gives some that do not.")
     return found
-
-
-# --------------------------------------------------------------------------- generation scores
 
 
 def text_metrics(config):
@@ -202,7 +202,7 @@ def score_generations(run, args, compare):
     """Greedy answers to test instructions, compared with their responses.
 
     The same args.generations instructions for every adapter, clustered among themselves. Returns
-    entries for results.json, and their Markdown.
+    entries for results.json.
     """
     test = run.examples["test"]
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
@@ -225,9 +225,4 @@ def score_generations(run, args, compare):
             texts += [run.tokenizer.decode(new) for new in found]
         entries.append({"name": label(plan), "seed": plan.get("seed", 0),
                         "n": len(texts), **compare(texts, wanted)})
-    lines = ["| method | seed | BLEU | ROUGE-L |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {e['name']} | {e['seed']} | {e['bleu']:.2f} | {e['rouge_l']:.2f} |"
-              for e in entries]
-    return entries, "\n" + "\n".join(lines) + (
-        f"\n\nThe same {len(prompts)} test instructions for all, continued greedily by at most "
-        f"{args.max_new_tokens} tokens.\n")
+    return entries

@@ -6,14 +6,13 @@ A chameleon's loss depends on the company that an example keeps, so that is chos
 at once, and no score depends on the batches that it is computed in.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from cache import read_together
 from data import IGNORE
-from model import soft_prompts
+from model import Update, soft_prompts
 
 LOGITS_BYTES = 1 << 26  # float32 logits that exist at one time; more tokens are taken in turns
 
@@ -47,9 +46,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             x = h[first:end] @ W.T  # (m, C) @ (C, V) -> (m, V)
             parts = []  # tokens of this turn that share a B: which update, which B, which tokens
             for i in range(0, len(updates), 2):
-                places = [(0, first, end)] if len(updates[i + 1]) == 1 else within(
-                    counts, first, end)
-                parts += [(i, k, slice(a, b), slice(a - first, b - first)) for k, a, b in places]
+                sizes = counts if len(updates[i + 1]) > 1 else [len(targets)]
+                parts += [(i, k, slice(a, b), slice(a - first, b - first))
+                          for k, a, b in within(sizes, first, end)]
             for i, k, rows, here in parts:
                 x[here].addmm_(updates[i][rows], updates[i + 1][k].T)  # (m, r) @ (r, V)
             log_p = F.log_softmax(x, dim=1, dtype=exact)
@@ -83,7 +82,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        return tuple(d if d is None else d * upstream for d in ctx.gradients)
+        return tuple(None if d is None else d * upstream for d in ctx.gradients)
 
 
 def within(counts, first, end):
@@ -120,15 +119,15 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
     head, device = model.lm_head, model.lm_head.weight.device
 
     def send(x):
-        if x is None or device.type != "cuda":
-            return x if x is None else x.to(device)
-        return x.pin_memory().to(device, non_blocking=True)  # unpinned, it would wait
+        if device.type == "cuda" and x is not None:
+            return x.pin_memory().to(device, non_blocking=True)  # unpinned, it would wait
+        return None if x is None else x.to(device)
 
-    told = send(statistics)
-    hidden = model.hidden(send(tokens), soft=soft_prompts(head, told, send(cluster)))
+    told, which = send(statistics), send(cluster)
+    hidden = model.hidden(send(tokens), soft=soft_prompts(head, told, which))
     updates = head.updates(told)
     place = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (n,) of B * T
-    K, counts = max((len(update.B) for update in updates if update.B.dim() == 3), default=1), None
+    K, counts = max((len(u.B) for u in updates if u.B.dim() == 3), default=1), None
     if K > 1:  # tokens of a cluster side by side
         k = cluster[:, None].expand(targets.shape).flatten()[place]
         place, counts = place[k.argsort(stable=True)], k.bincount(minlength=K).tolist()
@@ -137,18 +136,15 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
     def scored(x):
         return x.flatten(0, 1).index_select(0, place)  # (B, T, ...) -> (n, ...)
 
-    pairs = []
-    for update in updates:
-        if update.A.dim() == 3:
-            update = update._replace(A=update.A[send(cluster)])
-        pairs.append((scored(update.project(hidden)), update.B))
-    odds = None
+    pairs, odds = [], None
+    for A, B in updates:
+        own = Update(A if A.dim() == 2 else A[which], B)  # B[k] is multiplied with all of k's
+        pairs.append((scored(own.project(hidden)), B))
     if head.reads_company:
         aim = send(targets)
-        odds, rest = (scored(x[:, :, None])[:, 0] for x in head.recall(
-            hidden, told, send(cluster), aim, aim != IGNORE))
+        odds, rest = map(scored, head.recall(hidden, told, which, aim, aim != IGNORE))
     total, each = linear_cross_entropy(scored(hidden), head.weight, wanted, pairs, counts, odds)
-    if odds is not None:
+    if head.reads_company:
         total, each = total - rest.sum(), each - rest.detach()
     rows = each.new_zeros(targets.numel()).index_copy_(0, place, each)  # (B * T,)
     return total, rows.view(targets.shape).sum(dim=1)
@@ -162,11 +158,8 @@ def summed(losses, counts):
 
 def scored_bytes(examples, sizes, whole=False):
     """Bytes of text that the scored tokens stand for; sizes (V,) from `bytes_per_token`."""
-    total = 0
-    for index in torch.arange(len(examples)).split(1024):
-        targets = examples.batch(index, whole)[1]
-        total += int(sizes[targets[targets != IGNORE]].sum())
-    return total
+    batches = (examples.batch(rows, whole)[1] for rows in torch.arange(len(examples)).split(1024))
+    return sum(int(sizes[targets[targets != IGNORE]].sum()) for targets in batches)
 
 
 @torch.no_grad()
@@ -177,21 +170,18 @@ def score(run, model, examples, batch_size, company=None, whole=False):
     result depends on `batch_size`, nor on the number of processes.
     """
     model.eval()
-    nll, counts = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
-    order = np.argsort(examples.length, kind="stable")  # little padding within a batch
+    counts = torch.zeros(len(examples), dtype=torch.int64)
+    nll = counts.double()
+    order = torch.from_numpy(examples.length).argsort(stable=True)  # little padding in a batch
     if company and model.lm_head.reads_company:  # each cluster is read once
-        order = order[np.argsort(company.cluster.numpy()[order], kind="stable")]
-    batches = np.split(order, range(batch_size, len(examples), batch_size))
-    for index in batches[run.rank :: run.world]:
-        if company:
-            batch = company.batch(examples, torch.from_numpy(index))
-        else:
-            batch = examples.batch(index, whole)
+        order = order[company.cluster[order].argsort(stable=True)]
+    for index in order.split(batch_size)[run.rank :: run.world]:
+        batch = company.batch(examples, index) if company else examples.batch(index, whole)
         with run.autocast:
             rows = losses(model, *batch)[1][: len(index)]
-        nll[index] = rows.cpu().numpy()  # summed up in float64 from here on
-        counts[index] = (batch[1][: len(index)] != IGNORE).sum(dim=1).numpy()
-    return run.add_up(nll), run.add_up(counts)
+        nll[index] = rows.cpu().double()  # summed up in float64 from here on
+        counts[index] = (batch[1][: len(index)] != IGNORE).sum(dim=1)
+    return run.add_up(nll.numpy()), run.add_up(counts.numpy())
 
 
 class Company:
@@ -237,9 +227,8 @@ class Company:
     def batch(self, examples, index):
         """All that `losses` takes of the rows `index` (B,). Rows that the head has to read beside
         them follow, unscored."""
-        rows = index
-        if self.head.reads_company:
-            rows = read_together(index, self.kept(index)[1])
+        together = self.head.reads_company
+        rows = read_together(index, self.kept(index)[1]) if together else index
         inputs, targets = examples.batch(rows)
         targets[len(index) :] = IGNORE
         return inputs, targets, *self.told(index)
@@ -257,9 +246,6 @@ def held_out_company(run, model, examples, plan, inference, control=None):
     k = max(1, round(len(examples) / plan.get("cluster_size", 1))) if inference == "fit" else None
     generator = torch.Generator().manual_seed(plan["seed"])
 
-    def group():
-        with run.autocast:
-            return head.group(prompts, k, generator)
-
-    cluster = run.from_first(group)
+    with run.autocast:
+        cluster = run.from_first(lambda: head.group(prompts, k, generator))
     return Company(head, prompts, cluster, control, generator, examples.article)

@@ -10,16 +10,17 @@ where others than its own states have to be read.
 """
 
 import copy
+import functools
 from dataclasses import replace
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from common import adapter_paths, label, load_adapter
 from data import read_pydocs
+from eval import BESIDE, COLOURS, MARKERS, figure
 from files import write_json
-from scoring import held_out_company, score
+from scoring import held_out_company, score, summed
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 SHARES = (0.0, 0.1, 0.25, 0.5)
@@ -34,34 +35,23 @@ def whole_model(run, model):
     return whole
 
 
-def company_of(run, model, plan, examples, size, control=None):
-    return held_out_company(run, model, examples, plan | {"cluster_size": size}, "fit", control)
-
-
-def loss_of(run, model, examples, company, batch_size, rows=slice(None)):
-    nll, counts = score(run, model, examples, batch_size, company)
-    return float(nll[rows].sum() / counts[rows].sum())
-
-
-def sweep_clusters(run, model, plan, examples, args):
+def sweep_company(run, model, plan, examples, args):
+    """More and more clusters; or always those of 64, of whose members few are told."""
+    fixed = args.sweep == "cluster-size"
     for size in SIZES:
-        company = company_of(run, model, plan, examples, size)
-        yield "", int(company.cluster.max()) + 1, loss_of(
-            run, model, examples, company, args.batch_size)
+        plan = plan | {"cluster_size": SIZES[-1] if fixed else size}
+        company = held_out_company(run, model, examples, plan, "fit")
+        if fixed:
+            company.choose = functools.partial(choose_few, size)
+        x = size if fixed else int(company.cluster.max()) + 1
+        yield "", x, summed(*score(run, model, examples, args.batch_size, company))["loss"]
 
 
-def sweep_cluster_size(run, model, plan, examples, args):
-    for size in SIZES:
-        company = company_of(run, model, plan, examples, SIZES[-1])
-
-        def few(i, mates, size=size):
-            order = torch.Generator().manual_seed(i)
-            others = mates[mates != i]
-            others = others[torch.randperm(len(others), generator=order)[: size - 1]]
-            return torch.cat([torch.tensor([i]), others])
-
-        company.choose = few
-        yield "", size, loss_of(run, model, examples, company, args.batch_size)
+def choose_few(size, i, mates):
+    """Row i and, always in the same order, others of its mates: `size` of them in all."""
+    others = mates[mates != i]
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(i))
+    return torch.cat([torch.tensor([i]), others[order[: size - 1]]])
 
 
 def sweep_noise(run, model, plan, examples, args):
@@ -83,17 +73,18 @@ def sweep_noise(run, model, plan, examples, args):
                 tokens[row] = source[start : start + examples.length[i]]
             noisy = replace(examples, tokens=tokens)
             company.prompts = model.lm_head.read(noisy, run.base.transformer.wte)
-            yield kind, share, loss_of(run, model, noisy, company, args.batch_size, scored)
+            nll, counts = score(run, model, noisy, args.batch_size, company)
+            yield kind, share, summed(nll[scored], counts[scored])["loss"]
 
 
-SWEEPS = {"clusters": (sweep_clusters, "clusters of the validation requests"),
-          "cluster-size": (sweep_cluster_size, "requests that a statistic is made of"),
+SWEEPS = {"clusters": (sweep_company, "clusters of the validation requests"),
+          "cluster-size": (sweep_company, "requests that a statistic is made of"),
           "noise": (sweep_noise, "share of requests that were replaced")}
 
 
-def sweep(run, args, kind, colours):
+def sweep(run, args):
     """Draw sweep-KIND.png and write sweep-KIND.json; returns its records."""
-    trunk = "shared" if run.shared else "joint"
+    kind, trunk = args.sweep, "shared" if run.shared else "joint"
     records = []
     for path in adapter_paths(run.folder, trunk):
         model, plan = load_adapter(run, path)
@@ -108,31 +99,25 @@ def sweep(run, args, kind, colours):
                             "x": x, "loss": loss})
             print(f"{label(plan)}, seed {plan['seed']} {variant} {x}: {loss:.4f}", flush=True)
     write_json(run.folder / f"sweep-{kind}.json", records)
-    draw(records, kind, colours, run.folder / f"sweep-{kind}.png")
+    draw(records, kind, run.folder / f"sweep-{kind}.png")
     return records
 
 
-def draw(records, kind, colours, path):
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    lines = list(dict.fromkeys((r["method"], r["variant"]) for r in records))
-    methods = list(dict.fromkeys(method for method, _ in lines))
-    for method, variant in lines:
-        mine = [r for r in records if (r["method"], r["variant"]) == (method, variant)]
-        i = methods.index(method)
-        x = sorted({r["x"] for r in mine})
-        y = [np.mean([r["loss"] for r in mine if r["x"] == at]) for at in x]
-        style = "--" if variant.startswith("random") else "-"
-        axes.plot(x, y, "os^DvP*X"[i % 8] + style, color=colours[i % len(colours)],
-                  label=", ".join(filter(None, (method, variant))), markersize=5)
-    if kind != "noise":
-        axes.set_xscale("log", base=2)
-    low, high = axes.get_ylim()
-    middle, half = (low + high) / 2, max((high - low) / 2, 0.005)  # noise is not to fill the figure
-    axes.set_ylim(middle - half, middle + half)
-    axes.ticklabel_format(axis="y", useOffset=False)
-    axes.set_xlabel(SWEEPS[kind][1])
-    axes.set_ylabel("validation loss (nats per token)")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+def draw(records, kind, path):
+    curves = {}  # of each method and variant, over x
+    for r in records:
+        curve = curves.setdefault((r["method"], r["variant"]), {})
+        curve.setdefault(r["x"], []).append(r["loss"])
+    methods = list(dict.fromkeys(method for method, _ in curves))
+    with figure(path, SWEEPS[kind][1], "validation loss (nats per token)", **BESIDE) as axes:
+        for (method, variant), curve in curves.items():
+            i, x = methods.index(method), sorted(curve)
+            style = "--" if variant.startswith("random") else "-"
+            axes.plot(x, [np.mean(curve[at]) for at in x], MARKERS[i % 8] + style, markersize=5,
+                      color=COLOURS[i % 7], label=", ".join(filter(None, (method, variant))))
+        if kind != "noise":
+            axes.set_xscale("log", base=2)
+        low, high = axes.get_ylim()
+        middle, half = (low + high) / 2, max((high - low) / 2, 0.005)  # noise is not to fill it
+        axes.set_ylim(middle - half, middle + half)
+        axes.ticklabel_format(axis="y", useOffset=False)

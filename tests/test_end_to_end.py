@@ -20,6 +20,7 @@ from cache import CompanyCacheHead
 from common import load_adapter, open_corpus, open_run, share_trunk
 from data import Examples, Tokenizer, load_examples
 from files import UserError, read_tensors
+from flags import METHODS
 from hypernet import ChameleonHead
 from scoring import held_out_company, score
 
@@ -161,9 +162,17 @@ def test_intervals_are_students_and_a_bootstrap_over_articles():
     assert found["mean"] == pytest.approx(-0.2)
     assert found["seeds"] == pytest.approx((-0.2 - half, -0.2 + half), rel=1e-3)
     assert found["articles"] == pytest.approx((-0.2, -0.2))  # every article gains as much
+    later = [{seed + 1: entry for seed, entry in entries.items()} for entries in (mine, theirs)]
+    assert eval.difference(*later, losses, examples) == found  # no seed need be 0
     assert eval.verdict(found) == "-"  # two of three seeds' worth: zero is inside
     assert all(eval.T95[n] == pytest.approx(scipy.stats.t.ppf(0.975, n), abs=1e-3)
                for n in eval.T95)
+
+
+def test_losses_of_every_method_can_be_drawn(tmp_path):
+    records = [{"method": method, "seed": 0, "tokens": 1000, "loss": 1.0} for method in METHODS]
+    eval.draw_losses(records, 2.0, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()
 
 
 def test_the_next_call_into_a_folder_reuses_base_and_adapters(run):
