@@ -159,7 +159,7 @@ class CompanyCacheHead(CacheHead):
     """
 
     clustered_batches = True
-    controls = ("own prompt only", "shuffled", "other articles")
+    controls = ("own prompt only", "shuffled", "other articles", "no later rows")
 
     def __init__(self, weight, rank, alpha, scope="running"):
         super().__init__(weight, scope)

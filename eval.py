@@ -20,7 +20,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from files import run_cli, whole_file, write_json, write_text
+from files import UserError, run_cli, whole_file, write_json, write_text
 from flags import CONTROLS, eval_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
@@ -54,7 +54,8 @@ TITLES = {"joint": "Trained jointly with LoRA in the transformer",
 def score_model(run, model, plan, args, n_bytes, control=None):
     """What an entry says of the splits, speed and latency, and the losses (N,) of each split."""
     result, rows, seconds, n_read = {}, {}, 0.0, 0
-    inference = args.inference or plan.get("inference")
+    asked = args.inference if model.lm_head.stores_clusters else None
+    inference = asked or plan.get("inference")
     for split, examples in (run.shared if plan.get("trunk") else run.examples).items():
         start = time.perf_counter()
         with memory_advice("lower --batch-size"):
@@ -104,7 +105,9 @@ def score_run(run, args):
     n_bytes = {split: scored_bytes(rows, sizes) for split, rows in run.examples.items()}
 
     def add(model, plan, control=None, path=None):
-        name, seed = label(plan) + (f", {control}" if control else ""), plan.get("seed", 0)
+        name, seed = label(plan), plan.get("seed", 0)
+        if control != plan.get("told"):
+            name += f", {control}"
         if path and not path.with_suffix(".last.safetensors").exists():
             name += " (unfinished)"
         if control == "blended":
@@ -128,7 +131,7 @@ def score_run(run, args):
             model, plan = load_adapter(run, path)
             controls = () if plan.get("told") else model.lm_head.controls
             for control in (plan.get("told"), *controls):
-                if control != "other articles" or not args.instructions:
+                if control not in CONTROLS[3:] or not args.instructions:  # each is an article
                     add(model, plan, control, path)
     return entries, losses
 
@@ -206,14 +209,30 @@ def make_table(entries, losses, examples):
         for split, key, digits in (("validation", "loss", 4), ("test", "loss", 4),
                                    ("test", "perplexity", 2), ("test", "bits_per_byte", 4)):
             cells.append(spread([entry[split][key] for entry in same], digits))
-        found = difference(mine, rival, losses, examples) if name != "lora-match" else None
-        if found:
-            cells.append(f"{found['mean']:+.4f}")
-            for low, high in (found["seeds"], found["articles"]):
-                cells.append(f"{low:+.4f} to {high:+.4f}")
-            cells.append(verdict(found))
+        if name != "lora-match":
+            cells += compared(mine, rival, losses, examples)
         rows.append(cells + [""] * (len(head) - len(cells)))
     return markdown(rows)
+
+
+def compared(*them):
+    """Cells of a `difference`, none where there is none."""
+    found = difference(*them)
+    return [] if found is None else [
+        f"{found['mean']:+.4f}", *(f"{found[of][0]:+.4f} to {found[of][1]:+.4f}"
+                                   for of in ("seeds", "articles")), verdict(found)]
+
+
+def worth_of_company(entries, losses, examples):
+    """Markdown: what each method's statistic is worth over each control; "" without two seeds."""
+    rows = []
+    for name in dict.fromkeys(entry["name"] for entry in entries):
+        for control in (f"{joined}{c}" for joined in (", ", ", trained on ") for c in CONTROLS):
+            cells = compared(of_method(entries, name), of_method(entries, name + control), losses,
+                             examples)
+            rows += [[name, control.removeprefix(", "), *cells]] if cells else []
+    head = ["method", "less its control", "test loss", "95% over seeds", "95% over articles", ""]
+    return markdown([head, *rows]) if rows else ""
 
 
 def make_notes(run, dataset, entries):
@@ -280,7 +299,8 @@ def draw_costs(entries, path):
         for i, name in enumerate(names):
             mine = list(of_method(entries, name).values())
             values = [entry["test"]["loss"] for entry in mine]
-            axes.errorbar(mine[0]["parameters"], np.mean(values), yerr=np.std(values), capsize=3,
+            deviation = np.std(values, ddof=1) if len(values) > 1 else None
+            axes.errorbar(mine[0]["parameters"], np.mean(values), yerr=deviation, capsize=3,
                           markersize=7, fmt=MARKERS[i % 13], color=COLOURS[i % 7], label=name)
         axes.set_xscale("log")
 
@@ -337,6 +357,8 @@ def main(argv=None):
     metrics = text_metrics(config) if args.generations else None
     data_dir, out = args.data_dir or config["args"]["data_dir"], folder
     if args.on:
+        if args.sweep or args.anatomy:
+            raise UserError("--on scores adapters on other text; leave out --sweep and --anatomy")
         corpus, out = Corpus(args.on, data_dir), folder / f"on-{Path(args.on).stem}"
     else:
         corpus = open_corpus(config["args"]["dataset"], data_dir, config)
@@ -356,8 +378,10 @@ def main(argv=None):
     args.instructions = corpus.instructions
     entries, losses = score_run(run, args)
     parts = {trunk: [entry for entry in entries if entry["trunk"] == trunk] for trunk in TITLES}
-    text = "".join(f"## {TITLES[trunk]}\n\n{make_table(part, losses, run.examples['test'])}\n"
-                   for trunk, part in parts.items() if part)
+    text = "".join(
+        f"## {TITLES[trunk]}\n\n{make_table(part, losses, run.examples['test'])}\n"
+        f"{worth_of_company(part, losses, run.examples['test'])}\n"
+        for trunk, part in parts.items() if part)
     text += make_notes(run, args.on or config["args"]["dataset"], entries)
     generations = score_generations(run, args, metrics) if metrics else []
     if generations:

@@ -12,7 +12,8 @@ METHODS = ("frozen", "lora", "lora-match", "chameleon", "company-cache", "per-sa
            "cache")
 DEFAULT_METHODS = "frozen,lora,chameleon,company-cache"
 TOLD_NOTHING = ("frozen", "lora", "lora-match", "cache")  # of a cluster
-CONTROLS = ("own prompt only", "shuffled", "constant", "other articles")  # in a cluster's place
+# In a cluster's place:
+CONTROLS = ("own prompt only", "shuffled", "constant", "other articles", "no later rows")
 HUB_BASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of openai-community on the Hub
 CONDITIONS = ("instruction", "instruction+input")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -129,8 +130,8 @@ def train_parser():
         "the tokens to be predicted and shows how much (default: running where possible)")
     add("--condition", choices=CONDITIONS, default=CONDITIONS[1], help="what of an instruction's "
         "prompt the statistics and the clusters see; the model always reads all of it")
-    add("--told", choices=CONTROLS[1:3], help="a control: train with the statistic of a wrong "
-        "cluster, or with one that says nothing")
+    add("--told", choices=CONTROLS[:3], help="a control: train with the request's own statistic, "
+        "with that of a wrong cluster, or with one that says nothing")
     add("--inference", choices=("fit", "assign"), default="fit", help="cluster held-out requests "
         "by k-means among themselves, or (not company-cache) by the nearest training centroid")
     add("--device", default="auto", choices=DEVICES, help="auto is the first of cuda, mps, cpu "
@@ -147,7 +148,8 @@ def eval_parser():
     add = parser.add_argument
     add("run", help="run folder that train.py wrote")
     add("--inference", choices=("fit", "assign"), help="cluster requests by k-means among "
-        "themselves, or by the nearest training centroid (default: as in training)")
+        "themselves, or by the nearest training centroid (default: as in training, and so always "
+        "for company-cache)")
     add("--batch-size", type=number(int, 1), default=64, help="rows scored at a time; changes "
         "speed and memory, not results")
     add("--data-dir", help="where the data set lies (default: as in training)")
@@ -211,6 +213,9 @@ def parse_train(argv):
     if "prompt-tuning" in args.methods and args.trunk == "shared":
         raise UserError("--trunk shared: prompt-tuning needs the transformer; leave it out of "
                         "--methods")
+    if "company-cache" in args.methods and args.condition == "instruction":
+        raise UserError("--condition instruction: company-cache remembers all that was said; leave "
+                        "it out of --methods")
     if "company-cache" in args.methods and args.inference == "assign":
         raise UserError("--inference assign: company-cache keeps no centroids to assign to; leave "
                         "it out of --methods")

@@ -188,8 +188,9 @@ class Company:
     """Who keeps whose company among N examples: what a head is told of them.
 
     head, prompts: see `read` and `told` of the head; cluster (N,). control: None, or what takes
-    the place of the cluster: "own prompt only", "shuffled" (another cluster), "constant" (none), or
-    "other articles" (the cluster without the rest of the example's own `article` (N,)).
+    the place of the cluster: "own prompt only", "shuffled" (another cluster, none if there is no
+    other), "constant" (none), "other articles" (the cluster without the rest of the example's own
+    `article` (N,)), or "no later rows" (without what comes after the example in its article).
     """
 
     def __init__(self, head, prompts, cluster, control=None, generator=None, article=None):
@@ -200,13 +201,18 @@ class Company:
         if control == "shuffled":  # every cluster gets another one's members
             order = torch.randperm(len(members), generator=generator)
             members = [members[i] for i in order.roll(1)[order.argsort()]]
-        elif control == "constant":
+        if control == "constant" or (control == "shuffled" and len(members) == 1):
             members = [alone[:0] for alone in members]
         self.members = members
         self.choose = None  # of a row and its cluster's members: which of them it is told
-        if control == "other articles":
+        if control in ("other articles", "no later rows"):
             article = torch.from_numpy(article)
-            self.choose = lambda i, mates: mates[(article[mates] != article[i]) | (mates == i)]
+
+            def choose(i, mates):
+                kept = mates == i if control == "other articles" else mates <= i  # in its article
+                return mates[(article[mates] != article[i]) | kept]
+
+            self.choose = choose
 
     def kept(self, index):
         """Of the rows `index` (B,): which company each keeps (B,), and the `members` (M,) of those

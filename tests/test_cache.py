@@ -206,8 +206,9 @@ def test_decoding_in_step_equals_scoring_what_was_decoded(use_cache, context, se
 
     for _ in range(steps):  # every step anew, from rows that end with a token yet to be predicted
         length = np.array([len(row) + goes_on(row) for row in rows])
-        examples = Examples(np.concatenate([[*row, 0][:n] for row, n in zip(rows, length)]), length.cumsum() - length,
-                            length, np.array([len(p) for p in prompts]), np.arange(3))
+        tokens = [token for row in rows for token in [*row, *[0] * goes_on(row)]]
+        examples = Examples(np.array(tokens), length.cumsum() - length, length,
+                            np.array([len(p) for p in prompts]), np.arange(3))
         company = Company(model.lm_head, examples, torch.tensor([0, 0, 1]))
         inputs, _, statistics, told = company.batch(examples, torch.arange(3))
         assert torch.equal(told, knows)

@@ -20,7 +20,7 @@ from cache import CompanyCacheHead
 from common import load_adapter, open_corpus, open_run, share_trunk
 from data import Examples, Tokenizer, load_examples
 from files import UserError, read_tensors
-from flags import METHODS
+from flags import CONTROLS, METHODS
 from hypernet import ChameleonHead
 from scoring import held_out_company, score
 
@@ -100,14 +100,19 @@ def test_heads_on_a_shared_trunk_are_compared_pairwise_and_swept(run, capsys):
         outcomes = grid["shared chameleon-seed0"]
         assert info["plan"]["lr"] == float(min(outcomes, key=outcomes.get))
     train.main([*shared, "--lr", "1e-2", "--methods", "chameleon", "--told", "shuffled"])
+    train.main([*shared, "--lr", "1e-2", "--methods", "company-cache", "--told", CONTROLS[0]])
     entries = [e for e in eval.main([str(folder)]) if e["trunk"] == "shared"]
     by_name = {e["name"]: e for e in entries}
     match, adapted = by_name["lora-match"], by_name["chameleon"]
     assert abs(match["parameters"] / adapted["parameters"] - 1) < 0.01
     assert by_name["library"]["validation"] != by_name["library, blended"]["validation"]
-    assert "chameleon, trained on shuffled, shuffled" in by_name
+    assert "chameleon, trained on shuffled" in by_name
     table = (folder / "results.md").read_text()
     assert "95% over articles" in table and eval.TITLES["shared"] in table
+    alone = "trained on own prompt only"
+    worth = np.mean([e["test"]["loss"] * (1 if e["name"] == "company-cache" else -1) * 2
+                     for e in entries if e["name"] in ("company-cache", f"company-cache, {alone}")])
+    assert f"| company-cache | {alone} | {worth:+.4f} |" in table
     for kind in ("clusters", "cluster-size", "noise"):
         records = eval.main([str(folder), "--sweep", kind])
         assert (folder / f"sweep-{kind}.png").exists()
@@ -117,6 +122,17 @@ def test_heads_on_a_shared_trunk_are_compared_pairwise_and_swept(run, capsys):
     clean = {r["seed"]: r["loss"] for r in records
              if (r["method"], r["variant"], r["x"]) == ("per-sample", "random tokens", 0.0)}
     assert alone == clean  # nobody else's noise reaches it
+
+
+def test_requests_are_assigned_where_clusters_are_stored_and_company_cache_is_clustered(run):
+    folder, _ = run
+    fitted = {(e["name"], e["seed"]): e["test"]["loss"] for e in eval.main([str(folder)])}
+    assigned = {(e["name"], e["seed"]): e["test"]["loss"]
+                for e in eval.main([str(folder), "--inference", "assign"])}
+    assert assigned.keys() == fitted.keys()
+    assert {name for name, seed in fitted if fitted[name, seed] != assigned[name, seed]} <= {
+        name for name, _ in fitted if name.startswith("chameleon")}
+    assert assigned["chameleon", 0] != fitted["chameleon", 0]
 
 
 def test_a_head_on_the_shared_trunk_scores_as_it_does_on_the_whole_transformer(run):

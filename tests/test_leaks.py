@@ -9,7 +9,7 @@ from common import Run, adapt
 from data import SPLITS, Corpus, Examples, Tokenizer, load_examples
 from flags import CONTROLS, METHODS
 from model import GPT, GPTConfig
-from scoring import held_out_company, score
+from scoring import Company, held_out_company, score
 
 V, T, N = 40, 16, 6
 
@@ -118,6 +118,27 @@ def test_the_running_scope_moves_only_logits_that_are_made_later(control):
             others = [i for i in range(N) if i != row]
             mates += not torch.equal(before[others, place:], after[others, place:])
     assert (mates > 0) == (control != "own prompt only")
+
+
+def test_without_later_rows_an_article_is_read_in_its_order():
+    base, tokens = tiny_base(), np.random.default_rng(0).integers(0, V, (N, T + 1))
+    rows = table(tokens)
+    model, _ = trained(base, "company-cache", scope="running", examples=rows)
+    rows.article[:] = 7  # all of one article
+
+    def losses():
+        prompts = model.lm_head.read(rows, base.transformer.wte)
+        company = Company(model.lm_head, prompts, torch.zeros(N, dtype=torch.int64),
+                          "no later rows", article=rows.article)
+        return score(run_of(base), model, rows, 2, company)[0]
+
+    before = losses()
+    for row in range(N):
+        rows.tokens[row * (T + 1)] += 1  # of its prompt
+        after = losses()
+        assert np.array_equal(before[:row], after[:row])
+        assert (before[row:] != after[row:]).all()
+        before = after
 
 
 def test_another_prompt_does_matter():
