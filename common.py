@@ -354,7 +354,7 @@ def write_states(run, model, examples, states):
         with run.autocast:
             hidden = model.hidden(tokens[:, :-1].to(run.device))
         known = real[:, 1:]  # (B, W - 1)
-        states[examples.places(index)[:, :-1][known]] = hidden.to(states.dtype).cpu()[known]
+        states[examples.places(index)[0][:, :-1][known]] = hidden.to(states.dtype).cpu()[known]
 
 
 def read_records(folder):
