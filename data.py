@@ -280,6 +280,7 @@ class Tokenizer:
             self._encoding = tiktoken.Encoding(spec["name"], pat_str=spec["pattern"],
                                                mergeable_ranks=ranks,
                                                special_tokens={END: len(ranks)})
+        self.encode, self.decode = self._encoding.encode_ordinary, self._encoding.decode
         self.vocab_size = self._encoding.n_vocab
         self.end = self._encoding.eot_token
         self.fingerprint = hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:16]
@@ -308,14 +309,8 @@ class Tokenizer:
     def save(self, path):
         write_json(path, self.spec)
 
-    def encode(self, text):
-        return self._encoding.encode_ordinary(text)
-
     def encode_batch(self, texts):
         return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-
-    def decode(self, tokens):
-        return self._encoding.decode(tokens)
 
     def bytes_per_token(self):
         """(V,) bytes of text that each token stands for; 0 for the end token."""

@@ -475,9 +475,9 @@ def main(argv=None):
 
     # First everything is checked: until then the folder gets a cache of tokens and nothing else.
     folder, base_path = run.folder, run.folder / "base.safetensors"
-    trained = base_path
-    if not (base_path.exists() and base_path.with_suffix(".last.safetensors").exists()):
-        trained = None if args.base == "scratch" else Path(args.base)
+    trained = None if args.base == "scratch" else Path(args.base)
+    if base_path.exists() and base_path.with_suffix(".last.safetensors").exists():
+        trained = base_path
     published = None
     if trained and trained != base_path and (args.base in HUB_BASES or trained.is_dir()):
         with run.first_goes_ahead():
