@@ -33,12 +33,13 @@ def choose_device(name):
     """Device, and why."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
+    why = "asked for"
     if name == "auto":
         name = next(device for device, present in there.items() if present)
-        return torch.device(name), "the first of cuda, mps, cpu that is here"
+        why = "the first of cuda, mps, cpu that is here"
     if not there[name]:
         raise UserError(f"--device {name}: this machine or this build of torch has none")
-    return torch.device(name), "asked for"
+    return torch.device(name), why
 
 
 def choose_dtype(name, device):

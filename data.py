@@ -241,13 +241,12 @@ class Corpus:
                             f"needed, one each for training, validation and test")
 
     def documents(self, split):
+        test, validation = self._limits or (b"", b"")
         for document in self._read():
-            if document.text.strip() and (document.split or self._split(document)) == split:
+            hashed = key_hash(document.key)
+            drawn = "test" if hashed < test else "validation" if hashed < validation else "train"
+            if document.text.strip() and (document.split or drawn) == split:
                 yield document
-
-    def _split(self, document):
-        hashed, (test, validation) = key_hash(document.key), self._limits
-        return "test" if hashed < test else "validation" if hashed < validation else "train"
 
 
 def key_hash(key):

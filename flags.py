@@ -92,7 +92,7 @@ def train_parser():
         "gpt2 124M; time grows in proportion (default: nano, on CUDA small)")
     add("--block-size", type=number(int, 4), metavar="T", help="tokens in a row: memory and time "
         "of a step grow in proportion, attention's with its square (default: by size, nano 256)")
-    add("--tokenizer", choices=("bpe", "gpt2"), default="bpe", help="bpe: of the training split")
+    add("--tokenizer", choices=("bpe", "gpt2"), default="bpe", help="bpe learns from training text")
     add("--vocab-size", type=number(int, 257), default=4096, metavar="V", help="of bpe; the time "
         "of the head grows in proportion")
     add("--base-lr", type=number(float, 1e-9, 100), default=3e-3, help="its peak learning rate")
@@ -140,8 +140,8 @@ def eval_parser():
     add("run", help="run folder that train.py wrote")
     add("--inference", choices=("fit", "assign"), help="cluster requests by k-means among "
         "themselves, or by the nearest training centroid (default: as in training)")
-    add("--batch-size", type=COUNT, default=64, help="rows scored at a time; changes "
-        "speed and memory, not results")
+    add("--batch-size", type=COUNT, default=64, help="rows at a time; changes speed and memory, "
+        "not results")
     add("--data-dir", help="where the data set lies (default: as in training)")
     add("--device", default="auto", choices=DEVICES, help="where to score")
     add("--dtype", choices=DTYPES, help="of matrix products (default: as in training)")
@@ -156,19 +156,18 @@ def eval_parser():
         "instructions, greedily, and compare with their responses (needs sacrebleu, rouge-score)")
     add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead (- is "
         "standard input); an answer depends on the other prompts in it")
-    add("--assign", action="store_true", help="with --prompts: answer each as if it were alone, by "
-        "the update of the nearest training cluster: no answer depends on the other prompts")
-    add("--clusters", type=COUNT, metavar="K", help="with --prompts: make K clusters "
-        "(default: of as many prompts as in training)")
-    add("--static", action="store_true", help="with --prompts: show static LoRA's answer too")
-    add("--base-only", action="store_true", help="with --prompts: show the frozen base's too")
-    add("--json", action="store_true", help="with --prompts: print JSON alone")
-    add("--method", default="chameleon", help="with --prompts: the adapter that continues them")
-    add("--seed", type=number(int, 0), default=0, help="with --sweep and --prompts: the adapter's "
-        "seed, and the sampler's")
-    add("--max-new-tokens", type=COUNT, default=60, help="with --prompts, --generations: length")
-    add("--temperature", type=number(float, 0, 1e3), default=0.8, help="--prompts: 0 is greedy")
-    add("--top-k", type=COUNT, default=50, help="with --prompts: tokens to draw from")
+    add = parser.add_argument_group("with --prompts").add_argument
+    add("--assign", action="store_true", help="answer each prompt as if it were alone, by the "
+        "update of the nearest training cluster: no answer depends on the other prompts")
+    add("--clusters", type=COUNT, metavar="K", help="how many (default: as large as in training)")
+    add("--static", action="store_true", help="show static LoRA's answer too")
+    add("--base-only", action="store_true", help="show the frozen base's answer too")
+    add("--json", action="store_true", help="print JSON alone")
+    add("--method", default="chameleon", help="the adapter that continues the prompts")
+    add("--seed", type=number(int, 0), default=0, help="adapter's (also for --sweep), sampler's")
+    add("--max-new-tokens", type=COUNT, default=60, help="length, also of --generations")
+    add("--temperature", type=number(float, 0, 1e3), default=0.8, help="0 is greedy")
+    add("--top-k", type=COUNT, default=50, help="tokens to draw from")
     return parser
 
 
@@ -188,9 +187,9 @@ def parse_train(argv):
         args = parser.parse_args(argv)
         for key in ONCE:
             if known[key] != getattr(args, key):
-                raise UserError(
-                    f"{args.out} is a run with --{key.replace('_', '-')} {known[key]}, not "
-                    f"{getattr(args, key)}; choose another --out, or leave that flag out")
+                flag, now = f"--{key.replace('_', '-')}", getattr(args, key)
+                raise UserError(f"{args.out} is a run with {flag} {known[key]}, not {now}; choose "
+                                f"another --out, or leave that flag out")
     elif args.resume:
         raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
     for method in args.methods:

@@ -426,14 +426,22 @@ def train_adapter(run, args, method, seed, lr, path):
     head, company, cluster = model.lm_head, None, None
     if head.needs_statistics:
         prompts = head.read(train.conditioned(plan), run.base.transformer.wte)
-        company = Company(head, prompts, training_clusters(run, head, prompts, plan), args.told,
-                          torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+
+        def group():
+            with run.autocast:
+                found = head.fit_clusters(prompts, plan.get("clusters", 1), generator)
+            return found, {name: buffer.cpu() for name, buffer in head.named_buffers()}
+
+        found, buffers = run.from_first(group)
+        head.load_state_dict(buffers, strict=False)
+        company = Company(head, prompts, found, args.told, generator.manual_seed(seed))
         cluster = company.cluster if head.clustered_batches and not args.told else None
     held_out = held_out_company(run, model, validation, plan, plan.get("inference"), args.told)
 
     def load(index):
         if company is None:
-            return *train.batch(index), None, None
+            return train.batch(index)
         if cluster is None:
             return company.batch(train, index)
         which = cluster[index].unique(return_inverse=True)[1]  # of this batch's members alone
@@ -441,20 +449,6 @@ def train_adapter(run, args, method, seed, lr, path):
 
     fit(run, args, path, model, plan, load, train.length - train.prompt,
         lambda: score(run, model, validation, args.batch_size, held_out), cluster)
-
-
-def training_clusters(run, head, prompts, plan):
-    """Cluster (N,) of each training prompt, made once for all processes; the head is fitted."""
-
-    def make():
-        with run.autocast:
-            cluster = head.fit_clusters(
-                prompts, plan.get("clusters", 1), torch.Generator().manual_seed(plan["seed"]))
-        return cluster, {name: buffer.cpu() for name, buffer in head.named_buffers()}
-
-    cluster, buffers = run.from_first(make)
-    head.load_state_dict(buffers, strict=False)
-    return cluster
 
 
 # ---------------------------------------------------------------------------------------- main
