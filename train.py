@@ -269,7 +269,7 @@ def fit(run, args, path, model, plan, load, n_scored, evaluate, cluster=None):
                 raise KeyboardInterrupt
     save(last_path, weights(model))
     speed = done["tokens"] / done["seconds"] / run.world
-    scored = n_step / n_read  # the others need no logits
+    scored = n_scored.sum() / run.examples["train"].length.sum()  # the others need no logits
     share = speed * flops_per_token(model, scored) / matrix_rate(run.device, run.dtype)
     print(f"  {name}: {speed * run.world:,.0f} tokens/s, {share:.0%} of the rate of a large matrix "
           f"product here" + " in each process" * (run.world > 1))
