@@ -5,6 +5,7 @@ import ctypes
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -30,17 +31,15 @@ from model import GPT, GPTConfig, HeadAlone, LoRAHead, add_lora
 
 def choose_device(name):
     """Device, and why."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    why = "asked for"
     if name == "auto":
         name = next(device for device, present in there.items() if present)
-        return torch.device(name), "the first of cuda, mps, cpu that is here"
+        why = "the first of cuda, mps, cpu that is here"
     if not there[name]:
         raise UserError(f"--device {name}: this machine or this build of torch has none")
-    return torch.device(name), "asked for"
+    return torch.device(name), why
 
 
 def choose_dtype(name, device):
@@ -260,22 +259,19 @@ def make_head(weight, plan):
     """A method's untrained head: its logits are the frozen head's (but for cache's)."""
     factors = weight, plan["rank"], plan["alpha"]
     told = {"n_clusters": plan.get("clusters", 1), "scope": plan.get("stat_scope")}
-    match plan["method"]:
+    match method := plan["method"]:
         case "lora" | "lora-match":
             return LoRAHead(*factors)
-        case "chameleon":
-            return ChameleonHead(*factors, plan["head_form"], **told)
+        case "chameleon" | "per-sample" | "task-embedding":
+            head = ChameleonHead if method == "chameleon" else PerSampleHead
+            return head(*factors, plan["head_form"], **told)
         case "company-cache":
             return CompanyCacheHead(*factors, plan["stat_scope"])
-        case "per-sample" | "task-embedding":
-            return PerSampleHead(*factors, plan["head_form"], **told)
         case "scaled":
             return ScaledHead(*factors, **told)
-        case "masks" | "masks-alone":
-            kind = "joint" if plan["method"] == "masks" else "individual"
-            return MaskedHead(*factors, kind, **told)
-        case "library":
-            return MaskedHead(*factors, "library", **told)
+        case "masks" | "masks-alone" | "library":
+            kinds = {"masks": "joint", "masks-alone": "individual", "library": "library"}
+            return MaskedHead(*factors, kinds[method], **told)
         case "prompt-tuning":
             return PromptTuningHead(weight, **told)
         case "cache":
@@ -296,8 +292,9 @@ def adapter_paths(folder, trunk="joint"):
 
     def rank(path):
         method = path.name.split("-seed")[0]
-        told = [c for c in CONTROLS if method.endswith(f"-{c}")]
-        return METHODS.index(method.removesuffix(f"-{told[0]}") if told else method), path.name
+        for control in CONTROLS:
+            method = method.removesuffix(f"-{control}")
+        return METHODS.index(method), path.name
 
     return sorted(paths, key=rank)
 
@@ -326,24 +323,19 @@ def share_trunk(run):
         raise UserError(f"--trunk shared: heads share the transformer of {path}, which does not "
                         f"exist; train it first with --methods lora --trunk joint")
     model = run.trunk_model = load_adapter(run, path)[0]
-    adapted = {name: p for name, p in model.named_parameters() if not name.startswith("lm_head")}
-    run.trunk = tensors_digest(adapted)
-    run.shared = {}
+    run.trunk = tensors_digest({n: p for n, p in model.named_parameters()
+                                if not n.startswith("lm_head")})
+    run.shared, kind = {}, str(run.dtype).removeprefix("torch.")
     with run.first_goes_ahead():
         for split, examples in run.examples.items():
-            kind = str(run.dtype).removeprefix("torch.")
-            file = run.folder / "cache" / f"{split}-{run.trunk}.{kind}"
             shape = len(examples.tokens), run.base.config.n_embd
+            mapped = functools.partial(torch.from_file, size=math.prod(shape), dtype=run.dtype)
+            file = run.folder / "cache" / f"{split}-{run.trunk}.{kind}"
             if not file.exists():
                 with whole_file(file) as temporary:
-                    write_states(run, model, examples, mapped(temporary, shape, run.dtype, True))
-            states = mapped(file, shape, run.dtype, False)
-            run.shared[split] = replace(examples, states=states)
-
-
-def mapped(path, shape, dtype, shared):
-    size = shape[0] * shape[1]
-    return torch.from_file(str(path), shared=shared, size=size, dtype=dtype).view(shape)
+                    states = mapped(str(temporary), shared=True).view(shape)
+                    write_states(run, model, examples, states)
+            run.shared[split] = replace(examples, states=mapped(str(file)).view(shape))
 
 
 @torch.no_grad()
@@ -354,7 +346,7 @@ def write_states(run, model, examples, states):
         with run.autocast:
             hidden = model.hidden(tokens[:, :-1].to(run.device))
         known = real[:, 1:]  # (B, W - 1)
-        states[examples.places(index)[:, :-1][known]] = hidden.to(states.dtype).cpu()[known]
+        states[examples.places(index)[0][:, :-1][known]] = hidden.to(states.dtype).cpu()[known]
 
 
 def read_records(folder):

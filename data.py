@@ -103,19 +103,26 @@ def read_wikitext(folder):
         yield Document(f"{split} {count}", "", "".join(lines), split)
 
 
+def grouped(items, size, length):
+    """Lists of items one after the other, each of just enough to have a `size` by `length(item)`;
+    the last has what is left."""
+    group, total = [], 0
+    for item in items:
+        group.append(item)
+        total += length(item)
+        if total >= size:
+            yield group
+            group, total = [], 0
+    yield group
+
+
 def read_sections(paths, root):
     """Plain text, in sections of at most about 64 kB that end where a line ends."""
     size = min(sum(path.stat().st_size for path in paths) // 40, 1 << 16)
     for path in paths:
         name = path.relative_to(root).as_posix()  # a key must not depend on where the folder lies
-        section, length, count = [], 0, 0
-        for line in read_lines(path):
-            section.append(line)
-            length += len(line)
-            if length >= size:
-                yield Document(f"{name} {count}", "", "".join(section))
-                section, length, count = [], 0, count + 1
-        yield Document(f"{name} {count}", "", "".join(section))
+        for count, section in enumerate(grouped(read_lines(path), size, len)):
+            yield Document(f"{name} {count}", "", "".join(section))
 
 
 def read_records(path):
@@ -145,16 +152,10 @@ def record_document(record, where):
     texts = [fields.get(name, "") for name in ("instruction", "input", "output", "text")]
     instructs, plain = {"instruction", "output"} <= fields.keys(), "text" in fields
     if not (instructs or plain) or not all(isinstance(text, str) for text in texts):
-        raise UserError(
-            f'{where}: expected an object with the strings "instruction" and "output" (and perhaps '
-            f'"input"), or with the string "text"'
-        )
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{where}: half of a surrogate pair (a lone \\ud8.. to \\udf.. escape)"
-        ) from None
+        raise UserError(f'{where}: expected an object with the strings "instruction" and "output" '
+                        f'(and perhaps "input"), or with the string "text"')
+    if re.search("[\ud800-\udfff]", "".join(texts)):
+        raise UserError(f"{where}: half of a surrogate pair (a lone \\ud8.. to \\udf.. escape)")
     if not instructs:
         return Document(fields["text"], "", fields["text"])
     instruction = texts[0].strip()
@@ -162,29 +163,25 @@ def record_document(record, where):
     return Document(prompt, prompt + RESPONSE, texts[2].strip(), None, len(instruction))
 
 
-def fetch(name, folder):
-    """Download a data set from the Hugging Face Hub into `folder`, as plain files."""
+def fetch(name, wanted):
+    """Download a data set from the Hugging Face Hub, as plain files; `wanted` is written last."""
     import datasets
 
     repository, configuration = HUB[name]
     try:
         tables = datasets.load_dataset(repository, configuration)
     except Exception as error:  # whatever went wrong on the way, there are two ways out
-        wanted = folder / ("alpaca_data.json" if name == "alpaca" else "train.txt")
         raise UserError(
             f"{wanted} does not exist and the Hugging Face Hub cannot be reached "
             f"({type(error).__name__}); with a network, fetch it with: python train.py --dataset "
-            f"{name} --data-dir {folder.parent}; without one, use --dataset pydocs"
-        ) from None
+            f"{name} --data-dir {wanted.parents[1]}; without one, use --dataset pydocs") from None
     if name == "alpaca":
-        fields = ("instruction", "input", "output")
-        records = [{field: row[field] for field in fields} for row in tables["train"]]
-        write_json(folder / "alpaca_data.json", records)
-        return
-    for split in reversed(SPLITS):  # train.txt is written last: it says that all are there
+        fields = ["instruction", "input", "output"]
+        return write_json(wanted, tables["train"].select_columns(fields).to_list())
+    for split in reversed(SPLITS):
         # The Hub has "" for a blank line; the original release has a space and a newline.
         text = "".join(line or " \n" for line in tables[split]["text"])
-        write_text(folder / f"{split}.txt", text)
+        write_text(wanted.with_name(f"{split}.txt"), text)
 
 
 def reader(dataset, data_dir):
@@ -195,23 +192,19 @@ def reader(dataset, data_dir):
     if dataset in HUB:
         wanted = folder / ("alpaca_data.json" if dataset == "alpaca" else "train.txt")
         if not wanted.exists():
-            fetch(dataset, folder)
-        if dataset == "alpaca":
-            return lambda: read_records(wanted)
-        return lambda: read_wikitext(folder)
+            fetch(dataset, wanted)
+        return lambda: read_records(wanted) if dataset == "alpaca" else read_wikitext(folder)
     path = Path(dataset)
     if not dataset or not path.exists():
         known = ", ".join(["pydocs", *HUB])
         raise UserError(f"--dataset {dataset}: neither a known name ({known}) nor a file or folder")
     if all((path / f"{split}.txt").exists() for split in SPLITS):
         return lambda: read_wikitext(path)
-    kinds = (".txt", ".jsonl", ".json")
     paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    paths = [p for p in paths if p.suffix in kinds]
-    if not paths:
-        raise UserError(f"{path}: no .txt, .jsonl or .json file there")
     texts = [p for p in paths if p.suffix == ".txt"]
-    records = [p for p in paths if p.suffix != ".txt"]
+    records = [p for p in paths if p.suffix in (".jsonl", ".json")]
+    if not texts + records:
+        raise UserError(f"{path}: no .txt, .jsonl or .json file there")
 
     def read():
         yield from read_sections(texts, path.parent if path.is_file() else path)
@@ -244,19 +237,16 @@ class Corpus:
         held_out = max(1, round(0.05 * len(ordered)))
         self._limits = [ordered[i] for i in (held_out, 2 * held_out)] if len(keys) > 2 else None
         if not self._limits and not presplit:
-            raise UserError(
-                f"--dataset {dataset}: {len(keys)} documents with text; at least 3 are needed, one "
-                f"each for training, validation and test"
-            )
+            raise UserError(f"--dataset {dataset}: {len(keys)} documents with text; at least 3 are "
+                            f"needed, one each for training, validation and test")
 
     def documents(self, split):
+        test, validation = self._limits or (b"", b"")
         for document in self._read():
-            if document.text.strip() and (document.split or self._split(document)) == split:
+            hashed = key_hash(document.key)
+            drawn = "test" if hashed < test else "validation" if hashed < validation else "train"
+            if document.text.strip() and (document.split or drawn) == split:
                 yield document
-
-    def _split(self, document):
-        hashed, (test, validation) = key_hash(document.key), self._limits
-        return "test" if hashed < test else "validation" if hashed < validation else "train"
 
 
 def key_hash(key):
@@ -280,19 +270,16 @@ class Tokenizer:
             except Exception as error:  # requests raises a dozen kinds
                 raise UserError(
                     f"cannot load tiktoken's gpt2 vocabulary ({type(error).__name__}); set "
-                    f"TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe"
-                ) from None
+                    f"TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe") from None
         else:
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
             every_byte = {bytes([byte]) for byte in range(256)}
             if len(ranks) < len(spec["ranks"]) or not every_byte <= ranks.keys():
                 raise ValueError("a token is doubled, or a byte has none")
-            self._encoding = tiktoken.Encoding(
-                spec["name"],
-                pat_str=spec["pattern"],
-                mergeable_ranks=ranks,
-                special_tokens={END: len(ranks)},
-            )
+            self._encoding = tiktoken.Encoding(spec["name"], pat_str=spec["pattern"],
+                                               mergeable_ranks=ranks,
+                                               special_tokens={END: len(ranks)})
+        self.encode, self.decode = self._encoding.encode_ordinary, self._encoding.decode
         self.vocab_size = self._encoding.n_vocab
         self.end = self._encoding.eot_token
         self.fingerprint = hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:16]
@@ -321,14 +308,8 @@ class Tokenizer:
     def save(self, path):
         write_json(path, self.spec)
 
-    def encode(self, text):
-        return self._encoding.encode_ordinary(text)
-
     def encode_batch(self, texts):
         return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-
-    def decode(self, tokens):
-        return self._encoding.decode(tokens)
 
     def bytes_per_token(self):
         """(V,) bytes of text that each token stands for; 0 for the end token."""
@@ -352,11 +333,16 @@ def encode(corpus, split, tokenizer, cache):
     name = hashlib.sha256(key + Path(__file__).read_bytes()).hexdigest()[:16]
     flat, index = Path(cache) / f"{split}-{name}.tokens", Path(cache) / f"{split}-{name}.npy"
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    if not is_whole(flat, index, np.dtype(dtype).itemsize):
+    try:  # a damaged or missing file is made again
+        whole = flat.stat().st_size == np.load(index)[-1, 0] * np.dtype(dtype).itemsize
+    except (OSError, ValueError, EOFError):
+        whole = False
+    if not whole:
         written, rows = 0, []
         sizes = tokenizer.bytes_per_token().numpy() if corpus.instructions else np.zeros(0)
         with whole_file(flat) as temporary, open(temporary, "wb") as file:
-            for batch in batched(corpus.documents(split), size=1 << 22):
+            documents = corpus.documents(split)
+            for batch in grouped(documents, 1 << 22, lambda d: len(d.prompt) + len(d.text)):
                 prompts = tokenizer.encode_batch([document.prompt for document in batch])
                 texts = tokenizer.encode_batch([document.text for document in batch])
                 for document, prompt, text in zip(batch, prompts, texts, strict=True):
@@ -375,27 +361,6 @@ def encode(corpus, split, tokenizer, cache):
     if rows[-1, 0] == 0:
         raise UserError(f"the {split} split has no text")
     return np.memmap(flat, dtype=dtype, mode="r"), rows
-
-
-def is_whole(flat, index, itemsize):
-    """Whether `encode` has left both files, and all of them."""
-    try:
-        return flat.stat().st_size == np.load(index)[-1, 0] * itemsize
-    except (OSError, ValueError, EOFError):
-        return False
-
-
-def batched(documents, size):
-    """Lists of documents, each of about `size` characters."""
-    batch, length = [], 0
-    for document in documents:
-        batch.append(document)
-        length += len(document.prompt) + len(document.text)
-        if length >= size:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
 
 
 # ------------------------------------------------------------------------------------ examples
@@ -433,10 +398,8 @@ class Examples:
 
     def rows(self, index):
         """Tokens (B, W) of the rows `index` (B,), padded with 0 to the longest, and real (B, W)."""
-        index = np.asarray(index)
-        real = np.arange(self.length[index].max()) < self.length[index, None]  # (B, W)
-        rows = self.tokens[self.places(index).numpy()] * real
-        return torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(real)
+        place, real = self.places(index)
+        return torch.from_numpy(self.tokens[place.numpy()].astype(np.int64)) * real, real
 
     def prompts(self, index, scope="prompt"):
         """Tokens (B, W) that a statistic may look at, and a mask (B, W) of them.
@@ -463,21 +426,22 @@ class Examples:
         scored = real & (torch.arange(rows.shape[1]) >= first)
         inputs = rows[:, :-1]
         if self.states is not None:
-            inputs = self.states[self.places(index)[:, :-1]]  # (B, W, C)
+            inputs = self.states[self.places(index)[0][:, :-1]]  # (B, W, C)
         return inputs, rows.masked_fill(~scored, IGNORE)[:, 1:].contiguous()
 
     def places(self, index):
-        """Where each token (B, W) of the rows `index` (B,) stands in `tokens`; padding's is 0."""
+        """Where each token (B, W) of the rows `index` (B,) stands in `tokens`, padding's being 0,
+        and real (B, W)."""
         index = np.asarray(index)
         place = np.arange(self.length[index].max())  # (W,)
         real = place < self.length[index, None]  # (B, W)
-        return torch.from_numpy((self.start[index, None] + place) * real)
+        return torch.from_numpy((self.start[index, None] + place) * real), torch.from_numpy(real)
 
 
 def cut(tokens, documents, block_size):
     """Cut the documents of `encode` into `Examples` with T = block_size."""
-    start, end = documents[:-1, 0], documents[1:, 0]
-    given = documents[:-1, 1]  # prompt tokens that the document names itself, else 0
+    # given, instruction: prompt tokens that the document names itself, else 0
+    (start, given, instruction), end = documents[:-1].T, documents[1:, 0]
     width = block_size + 1
     n_rows = np.where(given > 0, 1, -(-(end - start) // width))
     article = np.repeat(np.arange(len(start)), n_rows)
@@ -485,8 +449,7 @@ def cut(tokens, documents, block_size):
     start = start[article] + row * width
     length = np.minimum(end[article] - start, width)
     prompt = np.where(given[article] > 0, given[article], np.maximum(1, length // 4))
-    instruction = documents[:-1, 2][article]
-    instruction = np.where(instruction > 0, instruction, prompt)
+    instruction = np.where(instruction[article] > 0, instruction[article], prompt)
     kept = prompt < length  # leaves out rows of one token, and prompts that fill the row
     table = (column[kept] for column in (start, length, prompt, article))
     return Examples(tokens, *table, dropped=int((~kept & (given[article] > 0)).sum()),
@@ -499,10 +462,8 @@ def load_examples(corpus, tokenizer, block_size, cache):
     for split in SPLITS:
         tokens, documents = encode(corpus, split, tokenizer, cache)
         if not documents[:, 1].any() and len(tokens) <= block_size:
-            raise UserError(
-                f"the {split} split has {len(tokens)} tokens, fewer than one block of "
-                f"{block_size + 1}; give more text or a smaller --block-size"
-            )
+            raise UserError(f"the {split} split has {len(tokens)} tokens, fewer than one block of "
+                            f"{block_size + 1}; give more text or a smaller --block-size")
         examples[split] = table = cut(tokens, documents, block_size)
         if table.dropped:
             print(f"{split}: {table.dropped} records left out, prompt longer than a block")

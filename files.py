@@ -13,6 +13,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 
 FORMAT = 1  # of the files that write_tensors writes; those that do not say have this one
 
@@ -25,18 +26,16 @@ def run_cli(main):
     """Call `main()`; a `UserError` becomes one line on stderr and exit status 2."""
     try:
         main()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, one says it
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:  # a full disk, a folder that may not be written to, a file in the way
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:  # OSError: a full disk, a file in the way
+        # Of the processes that torchrun starts, all find the same mistake: one says it.
+        if isinstance(error, OSError) or os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -80,9 +79,8 @@ def write_tensors(path, tensors, info=None):
 
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry: safetensors writes several in any order, and equal files should be equal bytes.
-    header = {"format": "pt"}
-    if info is not None:
-        header = {"info": json.dumps({"version": FORMAT} | info)}
+    header = {"format": "pt"} if info is None else {
+        "info": json.dumps({"version": FORMAT} | info)}
     with whole_file(path) as temporary:
         save_file(flat, temporary, metadata=header)
 
@@ -90,8 +88,6 @@ def write_tensors(path, tensors, info=None):
 @contextmanager
 def tensor_file(path, device="cpu"):
     """Open anyone's safetensors file, to be read tensor by tensor; `UserError` if it cannot be."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file

@@ -31,9 +31,6 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    def __init__(self, *args, **options):
-        super().__init__(*args, formatter_class=Help, **options)
-
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
@@ -54,15 +51,15 @@ def number(kind, low, high=2**31 - 1):
     return parse
 
 
-def listed(choices):
-    def parse(text):
-        names = text.split(",")
-        for name in names:
-            if name not in choices:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(choices)}")
-        return list(dict.fromkeys(names))
+COUNT = number(int, 1)
 
-    return parse
+
+def methods(text):
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in METHODS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(METHODS)}")
+    return names
 
 
 def seeds(text):
@@ -74,17 +71,15 @@ def rates(text):
 
 
 def train_parser():
-    parser = Parser(
-        "train.py",
-        description="Train a small GPT, then LoRA and ChameleonLLM adapters on top of it.",
-    )
+    parser = Parser("train.py", formatter_class=Help, description="Train a small GPT, then LoRA "
+                    "and ChameleonLLM adapters on top of it.")
     add = parser.add_argument
     add("--dataset", default="pydocs", help="pydocs (no network), wikitext2, wikitext2-raw, "
         "alpaca, or a .txt, .json or .jsonl file, or a folder of them")
     add("--data-dir", default="data", help="where data sets are looked for, and kept when fetched")
     add("--out", help="run folder (default: runs/DATASET)")
     add("--resume", action="store_true", help="go on with what --out holds, with its settings")
-    add("--methods", type=listed(METHODS), default=DEFAULT_METHODS, metavar="M,M",
+    add("--methods", type=methods, default=DEFAULT_METHODS, metavar="M,M",
         help=f"any of {', '.join(METHODS)} (baselines.py)")
     add("--trunk", choices=("joint", "shared"), default="joint", help="train each head together "
         "with LoRA in the transformer (the paper's way), or heads alone, in a minute each, on the "
@@ -94,36 +89,33 @@ def train_parser():
     add("--base", default="scratch", help=f"scratch; OpenAI's {', '.join(HUB_BASES)}, kept in "
         "--data-dir; a folder with a GPT-2's config.json and model.safetensors (both with "
         "--tokenizer gpt2; a small --block-size saves memory); or another run's base.safetensors")
-    add("--size", choices=SIZES, help="of a base from scratch: nano 2.6M parameters, "
-        "small 12M, medium 27M, gpt2 124M; time grows in proportion (default: nano, on CUDA small)")
+    add("--size", choices=SIZES, help="of a base from scratch: nano 2.6M parameters, small 12M, "
+        "medium 27M, gpt2 124M; time grows in proportion (default: nano, on CUDA small)")
     add("--block-size", type=number(int, 4), metavar="T", help="tokens in a row: memory and time "
         "of a step grow in proportion, attention's with its square (default: by size, nano 256)")
-    add("--tokenizer", choices=("bpe", "gpt2"), default="bpe",
-        help="bpe is trained on the training split")
+    add("--tokenizer", choices=("bpe", "gpt2"), default="bpe", help="bpe learns from training text")
     add("--vocab-size", type=number(int, 257), default=4096, metavar="V", help="of bpe; the time "
         "of the head grows in proportion")
     add("--base-lr", type=number(float, 1e-9, 100), default=3e-3, help="its peak learning rate")
     add("--base-epochs", type=number(float, 1e-9, 1e6), default=4.0, help="its passes over data")
-    add("--base-batch-size", type=number(int, 1), default=16, help="rows in a batch of the base; "
-        "memory grows in proportion")
+    add("--base-batch-size", type=COUNT, default=16, help="its rows in a batch; sets the memory")
     add("--dropout", type=number(float, 0, 0.99), default=0.0, help="on the embedding and the "
         "residual branches, while the base and the adapters are trained")
-    add("--batch-size", type=number(int, 1), default=32, metavar="B", help="rows in a batch of an "
-        "adapter and, on average, in a cluster; memory grows in proportion")
-    add("--accumulate", type=number(int, 1), metavar="N", help="batches in a step, one after the "
-        "other or on as many processes: as a batch N times as large, in the memory of one "
-        "(default: the number of processes)")
+    add("--batch-size", type=COUNT, default=32, metavar="B", help="rows in a batch of an adapter "
+        "and, on average, in a cluster; memory grows in proportion")
+    add("--accumulate", type=COUNT, metavar="N", help="batches in a step, in turn or on as many "
+        "processes: a batch N times as large in the memory of one (default: their number)")
     add("--lr", type=rates, default="1e-3", metavar="R,R", help="adapters' peak learning rate; of "
         "several, each method takes the one with the best validation loss, with its first seed")
     add("--epochs", type=number(float, 1e-9, 1e6), default=1.0, help="adapters' passes over data")
-    add("--max-steps", type=number(int, 1), metavar="N", help="stop each training after N steps")
-    add("--evaluations", type=number(int, 1), default=8, help="validations per training; one takes "
+    add("--max-steps", type=COUNT, metavar="N", help="stop each training after N steps")
+    add("--evaluations", type=COUNT, default=8, help="validations per training; one takes "
         "about a third of the time of training on as many tokens")
-    add("--rank", type=number(int, 1), default=4, metavar="r", help="of every low-rank update")
+    add("--rank", type=COUNT, default=4, metavar="r", help="of every low-rank update")
     add("--alpha", type=number(float, 1e-9, 1e9), default=8.0, help="updates scale by alpha / rank")
     add("--head-form", choices=("full", "light"), default="full", help="what the hyper-network "
         "writes: full A and B (the paper's), or light, whose size ignores the vocabulary")
-    add("--cluster-size", type=number(int, 1), metavar="N", help="members of a cluster, on average "
+    add("--cluster-size", type=COUNT, metavar="N", help="members of a cluster, on average "
         "(default: a batch; company-cache's 12)")
     add("--stat-scope", choices=("prompt", "running", "full"), help="tokens behind the statistics: "
         "the prompts', or (company-cache alone) also what continuations hold so far; full LEAKS "
@@ -134,8 +126,7 @@ def train_parser():
         "with that of a wrong cluster, or with one that says nothing")
     add("--inference", choices=("fit", "assign"), default="fit", help="cluster held-out requests "
         "by k-means among themselves, or (not company-cache) by the nearest training centroid")
-    add("--device", default="auto", choices=DEVICES, help="auto is the first of cuda, mps, cpu "
-        "that is there")
+    add("--device", default="auto", choices=DEVICES, help="auto: of cuda, mps, cpu the first here")
     add("--dtype", default="auto", choices=DTYPES, help="of matrix products; the 16-bit ones halve "
         "the memory of activations; auto takes what is fast, and says why")
     add("--compile", action="store_true", help="torch.compile the transformer's blocks: a minute "
@@ -144,14 +135,15 @@ def train_parser():
 
 
 def eval_parser():
-    parser = Parser("eval.py", description="Score a run's adapters, or continue prompts.")
+    parser = Parser("eval.py", formatter_class=Help,
+                    description="Score a run's adapters, or continue prompts.")
     add = parser.add_argument
     add("run", help="run folder that train.py wrote")
     add("--inference", choices=("fit", "assign"), help="cluster requests by k-means among "
         "themselves, or by the nearest training centroid (default: as in training, and so always "
         "for company-cache)")
-    add("--batch-size", type=number(int, 1), default=64, help="rows scored at a time; changes "
-        "speed and memory, not results")
+    add("--batch-size", type=COUNT, default=64, help="rows at a time; changes speed and memory, "
+        "not results")
     add("--data-dir", help="where the data set lies (default: as in training)")
     add("--device", default="auto", choices=DEVICES, help="where to score")
     add("--dtype", choices=DTYPES, help="of matrix products (default: as in training)")
@@ -161,26 +153,23 @@ def eval_parser():
         "path: clusters are made of the requests at hand there; writes RUN/on-DATA/")
     add("--sweep", choices=("clusters", "cluster-size", "noise"), help="instead, vary the company "
         "that requests keep (study.py), of heads on a shared trunk if there are any")
-    add("--methods", type=listed(METHODS), metavar="M,M", help="with --sweep: of these alone")
-    add("--generations", type=number(int, 1), metavar="N", help="also continue N test "
+    add("--methods", type=methods, metavar="M,M", help="with --sweep: of these alone")
+    add("--generations", type=COUNT, metavar="N", help="also continue N test "
         "instructions, greedily, and compare with their responses (needs sacrebleu, rouge-score)")
     add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead (- is "
         "standard input); an answer depends on the other prompts in it")
-    add("--assign", action="store_true", help="with --prompts: answer each as if it were alone, by "
-        "the update of the nearest training cluster: no answer depends on the other prompts")
-    add("--clusters", type=number(int, 1), metavar="K", help="with --prompts: make K clusters "
-        "(default: of as many prompts as in training)")
-    add("--static", action="store_true", help="with --prompts: show static LoRA's answer too")
-    add("--base-only", action="store_true", help="with --prompts: show the frozen base's too")
-    add("--json", action="store_true", help="with --prompts: print JSON alone")
-    add("--method", default="chameleon", help="with --prompts: the adapter that continues them")
-    add("--seed", type=number(int, 0), default=0, help="with --sweep and --prompts: the adapter's "
-        "seed, and the sampler's")
-    add("--max-new-tokens", type=number(int, 1), default=60, help="with --prompts and "
-        "--generations: length")
-    add("--temperature", type=number(float, 0, 1e3), default=0.8,
-        help="with --prompts: 0 is greedy")
-    add("--top-k", type=number(int, 1), default=50, help="with --prompts: tokens to draw from")
+    add = parser.add_argument_group("with --prompts").add_argument
+    add("--assign", action="store_true", help="answer each prompt as if it were alone, by the "
+        "update of the nearest training cluster: no answer depends on the other prompts")
+    add("--clusters", type=COUNT, metavar="K", help="how many (default: as large as in training)")
+    add("--static", action="store_true", help="show static LoRA's answer too")
+    add("--base-only", action="store_true", help="show the frozen base's answer too")
+    add("--json", action="store_true", help="print JSON alone")
+    add("--method", default="chameleon", help="the adapter that continues the prompts")
+    add("--seed", type=number(int, 0), default=0, help="adapter's (also for --sweep), sampler's")
+    add("--max-new-tokens", type=COUNT, default=60, help="length, also of --generations")
+    add("--temperature", type=number(float, 0, 1e3), default=0.8, help="0 is greedy")
+    add("--top-k", type=COUNT, default=50, help="tokens to draw from")
     return parser
 
 
@@ -200,25 +189,23 @@ def parse_train(argv):
         args = parser.parse_args(argv)
         for key in ONCE:
             if known[key] != getattr(args, key):
-                raise UserError(
-                    f"{args.out} is a run with --{key.replace('_', '-')} {known[key]}, not "
-                    f"{getattr(args, key)}; choose another --out, or leave that flag out"
-                )
+                flag, now = f"--{key.replace('_', '-')}", getattr(args, key)
+                raise UserError(f"{args.out} is a run with {flag} {known[key]}, not {now}; choose "
+                                f"another --out, or leave that flag out")
     elif args.resume:
         raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
-    others = [name for name in args.methods if name not in (*TOLD_NOTHING, "company-cache")]
-    if others and args.stat_scope == "running":
-        raise UserError(f"--stat-scope running: only company-cache can; leave {others[0]} out of "
-                        f"--methods")
-    if "prompt-tuning" in args.methods and args.trunk == "shared":
-        raise UserError("--trunk shared: prompt-tuning needs the transformer; leave it out of "
-                        "--methods")
-    if "company-cache" in args.methods and args.condition == "instruction":
-        raise UserError("--condition instruction: company-cache remembers all that was said; leave "
-                        "it out of --methods")
-    if "company-cache" in args.methods and args.inference == "assign":
-        raise UserError("--inference assign: company-cache keeps no centroids to assign to; leave "
-                        "it out of --methods")
+    for method in args.methods:
+        why = None
+        if args.stat_scope == "running" and method not in (*TOLD_NOTHING, "company-cache"):
+            why = "--stat-scope running: only company-cache can"
+        if args.trunk == "shared" and method == "prompt-tuning":
+            why = "--trunk shared: prompt-tuning needs the transformer"
+        if args.condition == "instruction" and method == "company-cache":
+            why = "--condition instruction: company-cache remembers all that was said"
+        if args.inference == "assign" and method == "company-cache":
+            why = "--inference assign: company-cache keeps no centroids to assign to"
+        if why:
+            raise UserError(f"{why}; leave {method} out of --methods")
     return args, config
 
 

@@ -85,18 +85,17 @@ def interruptible():
 
 def parameter_groups(model):
     """AdamW's groups. A base decays its matrices; adapters are small and decay nothing."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not model.lm_head.weight.requires_grad:
-        groups = {
-            "LoRA in the transformer": [p for n, p in trained if not n.startswith("lm_head")],
-            f"{type(model.lm_head).__name__}": [p for n, p in trained if n.startswith("lm_head")],
-        }
-        return [dict(name=n, params=ps, weight_decay=0.0) for n, ps in groups.items() if ps]
-    return [
-        dict(name="matrices", params=[p for _, p in trained if p.dim() > 1], weight_decay=0.1),
-        dict(name="biases and norms", params=[p for _, p in trained if p.dim() == 1],
-             weight_decay=0.0),
-    ]
+    groups, is_base = {}, model.lm_head.weight.requires_grad
+    for name, p in model.named_parameters():
+        if is_base:
+            group = "matrices" if p.dim() > 1 else "biases and norms"
+        else:
+            head = name.startswith("lm_head")
+            group = type(model.lm_head).__name__ if head else "LoRA in the transformer"
+        if p.requires_grad:
+            groups.setdefault(group, []).append(p)
+    return [dict(name=name, params=params, weight_decay=0.1 if name == "matrices" else 0.0)
+            for name, params in groups.items()]
 
 
 def flops_per_token(model, scored):
@@ -112,13 +111,6 @@ def flops_per_token(model, scored):
     return 2 * weights * passes + 3 * attention
 
 
-def drop_records(folder, training, after):
-    """Remove the records of a training that a resumed run is about to write again."""
-    kept = [r for r in read_records(folder)
-            if training.items() - r.items() or r["step"] <= after]
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
-
-
 class Objective(nn.Module):
     """A batch's summed loss as the one module that DistributedDataParallel asks for."""
 
@@ -131,7 +123,7 @@ class Objective(nn.Module):
             return losses(self.model, *batch)[0]
 
 
-def upcoming(run, plan, step, batches, load, n_scored):
+def upcoming(run, plan, step, load, n_scored, cluster):
     """What each step from `step` on needs: its number of scored tokens, of tokens, and its batches.
 
     The batches are those of this process: number i of a step goes to process i modulo their
@@ -141,7 +133,7 @@ def upcoming(run, plan, step, batches, load, n_scored):
     while step < plan["steps"]:
         if step // plan["steps_per_epoch"] != epoch:
             epoch = step // plan["steps_per_epoch"]
-            epoch_batches = batches(epoch)
+            epoch_batches = shuffled(len(length), plan["batch_size"], plan["seed"], epoch, cluster)
         first = step % plan["steps_per_epoch"] * plan["accumulate"]
         together = epoch_batches[first : first + plan["accumulate"]]
         mine = [(i, 1.0) for i in range(run.rank, len(together), run.world)] or [(0, 0.0)]
@@ -161,27 +153,27 @@ def ahead(items):
             yield item
 
 
-def fit(run, path, model, plan, batches, load, n_scored, evaluate):
+def fit(run, args, path, model, plan, load, n_scored, evaluate, cluster=None):
     """Train `model`'s trainable parameters; best weights go to `path`, and are loaded at the end.
 
-    plan: JSON of everything that shapes the training, among it method, seed, lr, steps and
-    evaluations; batches(epoch) -> index tensors; load(index) -> tokens, targets, statistics and
-    cluster as `losses` takes them; n_scored (N,), each example's scored tokens; evaluate() ->
-    what `score` returns for the validation split.
+    plan: JSON of everything that shapes the training; load(index) -> tokens, targets, statistics
+    and cluster as `losses` takes them; n_scored (N,), each example's scored tokens; evaluate() ->
+    what `score` returns for the validation split; cluster (N,): a batch comes from one of these.
     """
+    if args.compile and not plan.get("trunk"):
+        for block in model.transformer.h:  # in place: keys stay, and all share one compilation
+            block.compile()
     state_path = path.with_suffix(".state.safetensors")
     last_path = path.with_suffix(".last.safetensors")
     name, total = f"{label(plan)}, seed {plan['seed']}", plan["steps"]
-    groups = parameter_groups(model)
-    optimizer = torch.optim.AdamW(
-        groups, betas=(0.9, 0.95), fused=run.device.type in ("cpu", "cuda"))
-    parameters = [p for g in groups for p in g["params"]]
+    optimizer = torch.optim.AdamW(parameter_groups(model), betas=(0.9, 0.95),
+                                  fused=run.device.type in ("cpu", "cuda"))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # float16 has no room for small gradients: losses are scaled up, gradients down again.
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    for group in groups:
-        count = sum(p.numel() for p in group["params"])
-        print(f"  {name}: {count:,} parameters, {group['name']}, weight decay "
-              f"{group['weight_decay']}")
+    for group in optimizer.param_groups:
+        print(f"  {name}: {sum(p.numel() for p in group['params']):,} parameters, "
+              f"{group['name']}, weight decay {group['weight_decay']}")
     done = {"step": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}
     if state_path.exists():
         tensors, info = read_tensors(state_path)
@@ -211,10 +203,13 @@ def fit(run, path, model, plan, batches, load, n_scored, evaluate):
         objective = DistributedDataParallel(objective, forward_sync_buffers=False)
     training = {"method": label(plan), "seed": plan["seed"], "lr": plan["lr"],
                 "trunk": "shared" if plan.get("trunk") else "joint"}
-    if run.rank == 0:
-        drop_records(run.folder, training, done["step"])
+    log = run.folder / "metrics.jsonl"
+    if run.rank == 0:  # what comes after the state is about to be written again
+        kept = [r for r in read_records(run.folder)
+                if training.items() - r.items() or r["step"] <= done["step"]]
+        write_text(log, "".join(json.dumps(record) + "\n" for record in kept))
     evaluate_at = {round(total * (i + 1) / plan["evaluations"]) for i in range(plan["evaluations"])}
-    steps = upcoming(run, plan, done["step"], batches, load, n_scored)
+    steps = upcoming(run, plan, done["step"], load, n_scored, cluster)
     if run.device.type != "cpu":  # a CPU has nothing better to do meanwhile
         steps = ahead(steps)
     bar = tqdm(total=total, initial=done["step"], desc=name, unit="step",
@@ -259,7 +254,7 @@ def fit(run, path, model, plan, batches, load, n_scored, evaluate):
                 record = {**training, "step": done["step"], "tokens": done["tokens"],
                           "split": "validation", **result}
                 if run.rank == 0:
-                    with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    with open(log, "a", encoding="utf-8") as file:
                         file.write(json.dumps(record) + "\n")
                 bar.write(f"{name}: step {done['step']}/{total}, validation loss "
                           f"{result['loss']:.4f}")
@@ -274,7 +269,7 @@ def fit(run, path, model, plan, batches, load, n_scored, evaluate):
                 raise KeyboardInterrupt
     save(last_path, weights(model))
     speed = done["tokens"] / done["seconds"] / run.world
-    scored = n_step / n_read  # the others need no logits
+    scored = n_scored.sum() / run.examples["train"].length.sum()  # the others need no logits
     share = speed * flops_per_token(model, scored) / matrix_rate(run.device, run.dtype)
     print(f"  {name}: {speed * run.world:,.0f} tokens/s, {share:.0%} of the rate of a large matrix "
           f"product here" + " in each process" * (run.world > 1))
@@ -302,22 +297,17 @@ def is_finished(path, plan, resume):
             made_with |= read_tensors(existing)[1]["plan"]
             for key in plan:
                 if made_with.get(key) != plan[key]:
-                    raise UserError(
-                        f"{existing} was made with {key} = {made_with.get(key)}, not {plan[key]}; "
-                        f"choose another --out, or delete that file"
-                    )
+                    raise UserError(f"{existing} was made with {key} = {made_with.get(key)}, not "
+                                    f"{plan[key]}; choose another --out, or delete that file")
     if state_path.exists() and not finished and not resume:
-        raise UserError(
-            f"{state_path} is an interrupted training; add --resume to go on with it, choose "
-            f"another --out, or delete that file"
-        )
+        raise UserError(f"{state_path} is an interrupted training; add --resume to go on with it, "
+                        f"choose another --out, or delete that file")
     return finished
 
 
 def plan_steps(n_examples, batch_size, epochs, args):
     per_epoch = -(-n_examples // (batch_size * args.accumulate))
-    steps = max(1, round(epochs * per_epoch))
-    steps = min(steps, args.max_steps or steps)
+    steps = min(max(1, round(epochs * per_epoch)), args.max_steps or math.inf)
     return {"steps": steps, "steps_per_epoch": per_epoch, "accumulate": args.accumulate,
             "evaluations": min(args.evaluations, steps)}
 
@@ -344,31 +334,15 @@ def base_plan(run, args, config):
 
 def train_base(run, args, plan):
     """Train a base from scratch on whole rows, prompts included."""
-    path = run.folder / "base.safetensors"
     train, validation = run.examples["train"], run.examples["validation"]
     torch.manual_seed(0)
     model = GPT(GPTConfig(**plan["config"])).to(run.device)
-    if args.compile:
-        compile_blocks(model)
-
-    def load(index):
-        return train.batch(index, whole=True)
-
-    def evaluate():
-        return score(run, model, validation, args.batch_size, whole=True)
-
-    best = fit(
-        run, path, model, plan, lambda epoch: shuffled(len(train), plan["batch_size"], 0, epoch),
-        load, train.length - 1, evaluate)
+    best = fit(run, args, run.folder / "base.safetensors", model, plan,
+               lambda index: train.batch(index, whole=True), train.length - 1,
+               lambda: score(run, model, validation, args.batch_size, whole=True))
     n_bytes = scored_bytes(validation, run.tokenizer.bytes_per_token(), whole=True)
     bits = best * (validation.length - 1).sum() / math.log(2)
     print(f"base: {bits / n_bytes:.4f} bits a byte on whole validation rows")
-
-
-def compile_blocks(model):
-    """In place: state_dict keys stay as they are, and all blocks share one compilation."""
-    for block in model.transformer.h:
-        block.compile()
 
 
 def adapter_plan(run, args, method, seed, lr):
@@ -420,10 +394,10 @@ def choose_rate(run, args, method):
     if len(args.lr) == 1:
         return args.lr[0]
     place = place_of(run, args, method, args.seeds[0])
-    name = f"{args.trunk} {place.stem}"
-    outcomes = {}
-    for lr in args.lr:
-        path = run.folder / "grid" / f"{args.trunk}-{place.stem}-lr{lr:g}.safetensors"
+    name, outcomes = f"{args.trunk} {place.stem}", {}
+    paths = {lr: run.folder / "grid" / f"{args.trunk}-{place.stem}-lr{lr:g}.safetensors"
+             for lr in args.lr}
+    for lr, path in paths.items():
         train_adapter(run, args, method, args.seeds[0], lr, path)
         outcomes[lr] = read_tensors(path)[1]["done"]["best"]
     best = min(outcomes, key=outcomes.get)
@@ -434,8 +408,8 @@ def choose_rate(run, args, method):
         write_json(grid, (read_json(grid) if grid.exists() else {}) | {name: outcomes})
         if not is_finished(place, adapter_plan(run, args, method, args.seeds[0], best), True):
             for suffix in (".safetensors", ".last.safetensors"):
-                chosen = run.folder / "grid" / f"{args.trunk}-{place.stem}-lr{best:g}{suffix}"
-                write_tensors(place.with_suffix(suffix), *read_tensors(chosen))
+                chosen = read_tensors(paths[best].with_suffix(suffix))
+                write_tensors(place.with_suffix(suffix), *chosen)
     return best
 
 
@@ -449,54 +423,35 @@ def train_adapter(run, args, method, seed, lr, path):
     train, validation = examples["train"], examples["validation"]
     torch.manual_seed(seed)
     model = adapt(run.base, plan)
-    if args.compile and args.trunk == "joint":
-        compile_blocks(model)
     head, company, cluster = model.lm_head, None, None
     if head.needs_statistics:
         prompts = head.read(train.conditioned(plan), run.base.transformer.wte)
-        company = Company(head, prompts, training_clusters(run, head, prompts, plan), args.told,
-                          torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+
+        def group():
+            with run.autocast:
+                found = head.fit_clusters(prompts, plan.get("clusters", 1), generator)
+            return found, {name: buffer.cpu() for name, buffer in head.named_buffers()}
+
+        found, buffers = run.from_first(group)
+        head.load_state_dict(buffers, strict=False)
+        company = Company(head, prompts, found, args.told, generator.manual_seed(seed))
         cluster = company.cluster if head.clustered_batches and not args.told else None
     held_out = held_out_company(run, model, validation, plan, plan.get("inference"), args.told)
 
     def load(index):
         if company is None:
-            return *train.batch(index), None, None
+            return train.batch(index)
         if cluster is None:
             return company.batch(train, index)
         which = cluster[index].unique(return_inverse=True)[1]  # of this batch's members alone
         return *train.batch(index), *head.told(prompts, index, which, index, which)
 
-    fit(run, path, model, plan,
-        lambda epoch: shuffled(len(train), args.batch_size, seed, epoch, cluster),
-        load, train.length - train.prompt,
-        lambda: score(run, model, validation, args.batch_size, held_out))
-
-
-def training_clusters(run, head, prompts, plan):
-    """Cluster (N,) of each training prompt, made once for all processes; the head is fitted."""
-
-    def make():
-        with run.autocast:
-            cluster = head.fit_clusters(
-                prompts, plan.get("clusters", 1), torch.Generator().manual_seed(plan["seed"]))
-        return cluster, {name: buffer.cpu() for name, buffer in head.named_buffers()}
-
-    cluster, buffers = run.from_first(make)
-    head.load_state_dict(buffers, strict=False)
-    return cluster
+    fit(run, args, path, model, plan, load, train.length - train.prompt,
+        lambda: score(run, model, validation, args.batch_size, held_out), cluster)
 
 
 # ---------------------------------------------------------------------------------------- main
-
-
-def write_settings(run, args, corpus):
-    run.tokenizer.save(run.folder / "tokenizer.json")
-    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device")}
-    write_json(run.folder / "config.json", {
-        "args": settings, "data": corpus.fingerprint, "instructions": corpus.instructions,
-        "torch": torch.__version__,
-    })
 
 
 def main(argv=None):
@@ -514,9 +469,9 @@ def main(argv=None):
 
     # First everything is checked: until then the folder gets a cache of tokens and nothing else.
     folder, base_path = run.folder, run.folder / "base.safetensors"
-    trained = base_path
-    if not (base_path.exists() and base_path.with_suffix(".last.safetensors").exists()):
-        trained = None if args.base == "scratch" else Path(args.base)
+    trained = None if args.base == "scratch" else Path(args.base)
+    if base_path.exists() and base_path.with_suffix(".last.safetensors").exists():
+        trained = base_path
     published = None
     if trained and trained != base_path and (args.base in HUB_BASES or trained.is_dir()):
         with run.first_goes_ahead():
@@ -582,7 +537,11 @@ def main(argv=None):
 
     try:
         if rank == 0:
-            write_settings(run, args, corpus)
+            run.tokenizer.save(folder / "tokenizer.json")
+            settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device")}
+            write_json(folder / "config.json", {
+                "args": settings, "data": corpus.fingerprint,
+                "instructions": corpus.instructions, "torch": torch.__version__})
         if run.base is None:
             with memory_advice("halve --base-batch-size and double --accumulate, or lower "
                                "--block-size or --size, with another --out"):
