@@ -204,16 +204,16 @@ def score_generations(run, args, compare):
     The same args.generations instructions for every adapter, clustered among themselves. Returns
     entries for results.json.
     """
-    test = run.examples["test"]
+    test, entries = run.examples["test"], []
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
     chosen = order[: args.generations].sort().values.numpy()
-    start, prompt, end = test.start[chosen], test.prompt[chosen], test.length[chosen]
-    rows = Examples(test.tokens, start, prompt, prompt, test.article[chosen],
+    start, n_prompt, length = test.start[chosen], test.prompt[chosen], test.length[chosen]
+    rows = Examples(test.tokens, start, n_prompt, n_prompt, test.article[chosen],
                     instruction=test.instruction[chosen])
-    prompts = [test.tokens[a : a + n].tolist() for a, n in zip(start, prompt, strict=True)]
-    wanted = [run.tokenizer.decode(test.tokens[a + n : a + m].tolist()).removesuffix(END)
-              for a, n, m in zip(start, prompt, end, strict=True)]
-    entries = []
+    tokens = [test.tokens[a : a + n].tolist() for a, n in zip(start, length, strict=True)]
+    prompts = [row[:n] for row, n in zip(tokens, n_prompt, strict=True)]
+    wanted = [run.tokenizer.decode(row[n:]).removesuffix(END)
+              for row, n in zip(tokens, n_prompt, strict=True)]
     for path in (None, *adapter_paths(run.folder)):
         model, plan = load_adapter(run, path) if path else open_method(run, "frozen", 0)
         requests, _ = adapt_to(run, model, plan, rows, args.inference)
