@@ -53,6 +53,7 @@ TITLES = {"joint": "Trained jointly with LoRA in the transformer",
 
 def score_model(run, model, plan, args, n_bytes, control=None):
     """What an entry says of the splits, speed and latency, and the losses (N,) of each split."""
+    keep_freed_memory()
     result, rows, seconds, n_read = {}, {}, 0.0, 0
     asked = args.inference if model.lm_head.stores_clusters else None
     inference = asked or plan.get("inference")

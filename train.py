@@ -421,6 +421,7 @@ def train_adapter(run, args, method, seed, lr, path):
         return
     examples = run.shared if args.trunk == "shared" else run.examples
     train, validation = examples["train"], examples["validation"]
+    keep_freed_memory()
     torch.manual_seed(seed)
     model = adapt(run.base, plan)
     head, company, cluster = model.lm_head, None, None
@@ -447,6 +448,7 @@ def train_adapter(run, args, method, seed, lr, path):
         which = cluster[index].unique(return_inverse=True)[1]  # of this batch's members alone
         return *train.batch(index), *head.told(prompts, index, which, index, which)
 
+    keep_freed_memory()  # clustering's blocks are of other sizes than a step's
     fit(run, args, path, model, plan, load, train.length - train.prompt,
         lambda: score(run, model, validation, args.batch_size, held_out), cluster)
 
