@@ -26,7 +26,7 @@ ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "bas
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        silent = action.default in (None, False) or "default" in action.help
+        silent = action.default is None or action.default is False or "default" in action.help
         return action.help if silent else super()._get_help_string(action)
 
 

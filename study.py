@@ -19,7 +19,7 @@ import torch
 from common import adapter_paths, label, load_adapter
 from data import read_pydocs
 from eval import BESIDE, COLOURS, MARKERS, figure
-from files import write_json
+from files import UserError, write_json
 from scoring import held_out_company, score, summed
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -98,6 +98,9 @@ def sweep(run, args):
             records.append({"method": label(plan), "seed": plan["seed"], "variant": variant,
                             "x": x, "loss": loss})
             print(f"{label(plan)}, seed {plan['seed']} {variant} {x}: {loss:.4f}", flush=True)
+    if not records:
+        raise UserError(f"--sweep {kind}: {run.folder} has no adapter with seed {args.seed} that "
+                        f"is told of a cluster" + f" among {args.methods}" * bool(args.methods))
     write_json(run.folder / f"sweep-{kind}.json", records)
     draw(records, kind, run.folder / f"sweep-{kind}.png")
     return records

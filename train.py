@@ -385,18 +385,21 @@ def place_of(run, args, method, seed):
     return adapter_path(run, method + told, seed, args.trunk)
 
 
+def grid_paths(run, args, method):
+    """Where the first seed is trained at each of several learning rates: grid/."""
+    stem = f"{args.trunk}-{place_of(run, args, method, args.seeds[0]).stem}"
+    return {lr: run.folder / "grid" / f"{stem}-lr{lr:g}.safetensors" for lr in args.lr}
+
+
 def choose_rate(run, args, method):
     """The learning rate of `args.lr` with the best validation loss at the first seed.
 
-    Each is trained in grid/, the best is copied from there to its place among the adapters, and
-    grid.json keeps the outcomes.
+    The best is copied from grid/ to its place among the adapters; grid.json keeps the outcomes.
     """
     if len(args.lr) == 1:
         return args.lr[0]
-    place = place_of(run, args, method, args.seeds[0])
+    place, paths = place_of(run, args, method, args.seeds[0]), grid_paths(run, args, method)
     name, outcomes = f"{args.trunk} {place.stem}", {}
-    paths = {lr: run.folder / "grid" / f"{args.trunk}-{place.stem}-lr{lr:g}.safetensors"
-             for lr in args.lr}
     for lr, path in paths.items():
         train_adapter(run, args, method, args.seeds[0], lr, path)
         outcomes[lr] = read_tensors(path)[1]["done"]["best"]
@@ -524,10 +527,12 @@ def main(argv=None):
         print(f"base: {trained}, trained before")
         if args.trunk == "shared":
             share_trunk(run)
-        for method in methods if len(args.lr) == 1 else ():
-            for seed in args.seeds:
-                is_finished(place_of(run, args, method, seed),
-                            adapter_plan(run, args, method, seed, args.lr[0]), args.resume)
+        for method in methods:
+            asked = [(args.seeds[0], *item) for item in grid_paths(run, args, method).items()]
+            if len(args.lr) == 1:
+                asked = [(n, args.lr[0], place_of(run, args, method, n)) for n in args.seeds]
+            for seed, lr, path in asked:
+                is_finished(path, adapter_plan(run, args, method, seed, lr), args.resume)
     elif args.trunk == "shared":
         raise UserError(f"--trunk shared: {folder} has no base and no trunk; train them first with "
                         f"--methods lora --trunk joint")

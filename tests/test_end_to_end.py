@@ -124,6 +124,15 @@ def test_heads_on_a_shared_trunk_are_compared_pairwise_and_swept(run, capsys):
     assert alone == clean  # nobody else's noise reaches it
 
 
+def test_what_cannot_be_asked_of_a_run_is_told_in_a_line(run):
+    folder, _ = run
+    for asked, why in ((["--sweep", "noise", "--seed", "5"], "no adapter with seed 5"),
+                       (["--sweep", "noise", "--on", "pydocs"], "leave out --sweep")):
+        with pytest.raises(UserError, match=why):
+            eval.main([str(folder), *asked])
+    assert not list(folder.glob("sweep-*"))
+
+
 def test_requests_are_assigned_where_clusters_are_stored_and_company_cache_is_clustered(run):
     folder, _ = run
     fitted = {(e["name"], e["seed"]): e["test"]["loss"] for e in eval.main([str(folder)])}

@@ -563,6 +563,15 @@ def test_out_of_memory_names_the_flags_that_help(raised, arguments, monkeypatch)
     assert "\n" not in str(error.value)
 
 
+def test_a_grid_of_other_settings_is_refused_before_anything_is_written(arguments, finished):
+    grid = [*arguments, "--methods", "scaled", "--lr", "1e-3,1e-2"]
+    train.main(grid)
+    before = (finished / "config.json").read_bytes()
+    with pytest.raises(UserError, match="was made with rank = 4, not 2"):
+        train.main([*grid, "--rank", "2"])
+    assert (finished / "config.json").read_bytes() == before
+
+
 def test_a_condition_needs_instructions_and_adapters_of_before_had_none(arguments, finished):
     with pytest.raises(UserError, match="has no instructions"):
         train.main([*arguments, "--condition", "instruction"])
