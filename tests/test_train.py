@@ -573,8 +573,9 @@ def test_a_grid_of_other_settings_is_refused_before_anything_is_written(argument
 
 
 def test_a_condition_needs_instructions_and_adapters_of_before_had_none(arguments, finished):
-    with pytest.raises(UserError, match="has no instructions"):
-        train.main([*arguments, "--condition", "instruction"])
+    for method, why in (("chameleon", "has no instructions"), ("company-cache", "remembers all")):
+        with pytest.raises(UserError, match=why):
+            train.main([*arguments, "--condition", "instruction", "--methods", method])
     train.main([*arguments, "--methods", "chameleon"])
     path = finished / "adapters" / "chameleon-seed0.safetensors"
     tensors, info = read_tensors(path)
