@@ -103,8 +103,8 @@ class CacheHead(LMHead):
         ever = known.any(dim=0)
         keys, known = hidden[near].flatten(0, 1)[ever], known[:, ever]  # (n, C), (q, n)
         own = (near == b).repeat_interleave(hidden.shape[1])[ever]  # (n,)
-        q = hidden[b, queries] * (self.log_t.exp() / math.sqrt(hidden.shape[2])).to(hidden.dtype)
-        scores = (q @ keys.T).float() + self.own * own  # (q, C) @ (C, n) -> (q, n)
+        q = hidden[b, queries].float() * (self.log_t.exp() / math.sqrt(hidden.shape[2]))
+        scores = (q.to(hidden.dtype) @ keys.T).float() + self.own * own  # (q, C) @ (C, n) -> (q, n)
         scores = scores.masked_fill(~known, -1e9)
         n = known.sum(dim=1)
         match = (scores.logsumexp(dim=1) - n.clamp(min=1).log()).where(n > 0, 0)
@@ -201,6 +201,8 @@ class CompanyCacheHead(CacheHead):
         """Cluster (N,) by k-means on tf-idf vectors, each first drawn towards its neighbours."""
         if k is None:
             raise UserError("--inference assign: company-cache keeps no centroids; use fit")
+        if k == 1:
+            return torch.zeros(len(examples), dtype=torch.int64)
         features = table(len(examples), len(self.idf))
         for rows in torch.arange(len(examples)).split(1024):
             count = self.prompt_counts(examples, rows)

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from files import (UserError, read_json, read_tensors, run_cli, write_json, write_tensors,
                    write_text)
-from flags import CONDITIONS, HUB_BASES, TOLD_NOTHING, parse_train, train_parser
+from flags import CONDITIONS, CONTROLS, HUB_BASES, TOLD_NOTHING, parse_train, train_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
     run_cli(train_parser().parse_args)
@@ -364,7 +364,7 @@ def adapter_plan(run, args, method, seed, lr):
         size = args.cluster_size or (12 if cache else args.batch_size)
         scope = args.stat_scope or ("running" if cache else "prompt")
         alone = method in ("per-sample", "task-embedding")
-        k = 1 if alone else -(-N // size)
+        k = 1 if alone or args.told == CONTROLS[0] else -(-N // size)
         plan |= {"clusters": k, "cluster_size": N / -(-N // size), "stat_scope": scope,
                  "inference": args.inference,
                  "condition": CONDITIONS[0] if method == "task-embedding" else args.condition}
