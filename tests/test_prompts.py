@@ -150,8 +150,9 @@ def instructed(arguments, tmp_path, capsys):
                 "output": f"{word} {word}"}
                for i, word in enumerate(["river", "stone", "apple", "road", "cloud"] * 16)]
     (tmp_path / "tasks.json").write_text(json.dumps(records))
-    run = train.main([*arguments, "--dataset", str(tmp_path / "tasks.json"),
-                      "--condition", "instruction"])
+    arguments = [*arguments, "--dataset", str(tmp_path / "tasks.json")]
+    train.main([*arguments, "--methods", "lora,chameleon", "--condition", "instruction"])
+    run = train.main([*arguments, "--methods", "company-cache"])
     capsys.readouterr()
     return run
 
