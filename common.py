@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -52,7 +53,10 @@ def choose_dtype(name, device):
         return torch.float16, "this GPU has no bfloat16; losses are scaled to keep gradients"
     if device.type == "mps":
         return torch.float32, "the safe choice on MPS"
-    ratio = matrix_rate(device, torch.bfloat16) / matrix_rate(device, torch.float32)
+    # Other work comes and goes: compare what was measured side by side, more than once.
+    rates = [[matrix_rate(device, dtype, 1) for dtype in (torch.bfloat16, torch.float32)]
+             for _ in range(5)]
+    ratio = median(low / exact for low, exact in rates)
     dtype = torch.bfloat16 if ratio > 1.5 else torch.float32
     return dtype, f"bfloat16 multiplies {ratio:.1f} times as fast as float32 here"
 
