@@ -77,6 +77,7 @@ class MaskedHead(ClusteredHead):
     def __init__(self, weight, rank, alpha, masks, n_clusters=1, scope="prompt"):
         super().__init__(weight, n_clusters, scope)
         V, C = weight.shape
+        self.M = min(self.M, n_clusters)
         self.scale, self.kind, self.blend = alpha / rank, masks, masks != "library"
         self.controls = ("blended",) if masks == "library" else ()
         self.lora_A, self.lora_B = lora_factors(C, V, self.M * rank, weight.device)
@@ -93,9 +94,8 @@ class MaskedHead(ClusteredHead):
 
     def fit_clusters(self, prompts, k, generator):
         cluster = super().fit_clusters(prompts, k, generator)
-        groups = min(self.M, len(self.centroids))
-        centroids = kmeans(self.centroids, groups, generator).centroids  # of centroids (K, C)
-        self.selector.data[:groups] = F.normalize(centroids, dim=1)
+        groups = kmeans(self.centroids, self.M, generator).centroids  # of centroids (K, C)
+        self.selector.data.copy_(F.normalize(groups, dim=1))
         return cluster
 
     def weights(self, statistics):

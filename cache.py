@@ -86,13 +86,13 @@ class CacheHead(LMHead):
         return torch.stack([following, (place - longest).masked_fill(nothing, NEVER)], dim=2)
 
     def gate(self, hidden, match):
-        """l (B, T), before the sigmoid; match (B, T) is that of `attention`."""
+        """l (q,) of hidden (q, C), before the sigmoid; match (q,), how well memories match, is the
+        logarithm of exp(score)'s mean."""
         return self.share.expand(match.shape)
 
     def attention(self, b, queries, hidden, statistics, knows):
-        """What is remembered at the positions `queries` (q,) of row b: share (q, n) of each of n
-        tokens, the tokens (n,), and how well they match (q,), the logarithm of exp(score)'s mean.
-        A position without memories gets zeros."""
+        """What is remembered at the positions `queries` (q,) of row b: the logarithm (q, n) of the
+        share of each of n tokens, the tokens (n,), and l (q,) before its sigmoid."""
         near = knows[b].nonzero()[:, 0]
         token, place = statistics[near].flatten(0, 1).unbind(1)  # (rows T,)
         now = statistics[b, queries, 1, None]  # (q, 1)
@@ -103,46 +103,43 @@ class CacheHead(LMHead):
         ever = known.any(dim=0)
         keys, known = hidden[near].flatten(0, 1)[ever], known[:, ever]  # (n, C), (q, n)
         own = (near == b).repeat_interleave(hidden.shape[1])[ever]  # (n,)
-        q = hidden[b, queries].float() * (self.log_t.exp() / math.sqrt(hidden.shape[2]))
-        scores = (q.to(hidden.dtype) @ keys.T).float() + self.own * own  # (q, C) @ (C, n) -> (q, n)
-        scores = scores.masked_fill(~known, -1e9)
-        n = known.sum(dim=1)
-        match = (scores.logsumexp(dim=1) - n.clamp(min=1).log()).where(n > 0, 0)
-        return scores.softmax(dim=1) * known, token[ever], match
+        h = hidden[b, queries]
+        q = (h.float() * (self.log_t.exp() / math.sqrt(h.shape[1]))).to(h.dtype)
+        scores = (q @ keys.T).float() + self.own * own  # (q, C) @ (C, n) -> (q, n)
+        scores = scores.where(known, -1e9)
+        total, n = scores.logsumexp(dim=1), known.sum(dim=1)
+        match = (total - n.clamp(min=1).log()).where(n > 0, 0)
+        gate = self.gate(h, match).float().where(n > 0, -1e9)  # nothing to remember: l is 0
+        return scores - total[:, None], token[ever], gate
 
     def recall(self, hidden, statistics, knows, targets, wanted):
-        """l / (1 - l) times the memory's probability of the targets (B, T), where `wanted` (B, T),
-        and log(1 - l) (B, T), both from l's logit: l may round to 1.
+        """Logarithms of l / (1 - l) times the memory's probability of the targets (B, T), where
+        `wanted` (B, T), and of 1 - l (B, T), both from l's logit: l may round to 1.
 
-        The transformer is not trained to be remembered: what is remembered is taken as it is.
+        The transformer is trained neither to be remembered nor to ask: it is taken as it is.
         """
-        hidden, zero = hidden.detach(), torch.zeros(targets.shape[1], 3, device=hidden.device)
+        hidden, zero = hidden.detach(), torch.zeros(targets.shape[1], 2, device=hidden.device)
         rows = []
         for b in range(len(hidden)):
             queries = wanted[b].nonzero()[:, 0]
-            share, token, match = self.attention(b, queries, hidden, statistics, knows)
+            share, token, gate = self.attention(b, queries, hidden, statistics, knows)
             hit = token == targets[b, queries, None]  # (q, n)
-            found = torch.stack([share.sum(dim=1), (share * hit).sum(dim=1), match], dim=1)
-            rows.append(zero.index_add(0, queries, found))  # (q, 3) -> (T, 3)
-        some, found, match = torch.stack(rows).unbind(2)  # (B, T)
-        gate = self.gate(hidden, match).float()
-        return gate.clamp(max=60).exp() * found, -F.softplus(gate) * (some > 0.5)
+            odds = gate + share.where(hit, -1e9).logsumexp(dim=1)
+            found = torch.stack([odds, -F.softplus(gate)], dim=1)
+            rows.append(zero.index_add(0, queries, found))  # (q, 2) -> (T, 2)
+        return torch.stack(rows).unbind(2)  # (B, T)
 
     def forward(self, hidden, updates=(), knows=None, statistics=None, first=0):
         """Log-probabilities (B, T - first, V) of the positions from `first` on; logits are the same
         up to a constant."""
-        now = hidden[:, first:]
-        log_p = super().forward(now, updates).float().log_softmax(dim=2)
+        log_p = super().forward(hidden[:, first:], updates).float().log_softmax(dim=2)
         queries = torch.arange(first, hidden.shape[1], device=hidden.device)
-        remembered, matches = [], []
-        for b in range(len(hidden)):
-            share, token, match = self.attention(b, queries, hidden, statistics, knows)
-            empty = torch.zeros_like(log_p[b])  # (q, V)
-            remembered.append(empty.index_add(1, token, share))  # (q, n) -> (q, V)
-            matches.append(match)
-        remembered, share = torch.stack(remembered), self.gate(now, torch.stack(matches))
-        share = share.float().sigmoid()[:, :, None] * (remembered.sum(2, True) > 0)
-        return ((1 - share) * log_p.exp() + share * remembered).log()
+        rows = []
+        for b, p in enumerate(log_p.exp()):  # (q, V)
+            share, token, gate = self.attention(b, queries, hidden, statistics, knows)
+            part = gate.sigmoid()[:, None]  # l (q, 1)
+            rows.append(((1 - part) * p).index_add(1, token, part * share.exp()))  # (q, n)
+        return torch.stack(rows).log()
 
 
 def read_together(index, members):
@@ -179,7 +176,7 @@ class CompanyCacheHead(CacheHead):
         return FASTER * self.trust[0]
 
     def gate(self, hidden, match):
-        gate = hidden @ self.share_of.to(hidden.dtype) + self.share  # (B, T, C) @ (C,) -> (B, T)
+        gate = hidden @ self.share_of.to(hidden.dtype) + self.share  # (q, C) @ (C,) -> (q,)
         return gate + FASTER * self.trust[1] * match
 
     def fit_clusters(self, examples, k, generator):
@@ -207,25 +204,26 @@ class CompanyCacheHead(CacheHead):
         for rows in torch.arange(len(examples)).split(1024):
             count = self.prompt_counts(examples, rows)
             features[rows] = F.normalize(count.float().log1p() * self.idf.cpu(), dim=1)
-        dtype = product_type(self.weight.device)
-        features = diffuse(features.to(self.weight.device), dtype)
+        device = self.weight.device
+        dtype = product_type(device)
+        features = diffuse(features, device, dtype).to(device)
         cluster = kmeans(features, min(k, len(examples)), generator, dtype=dtype).cluster.cpu()
         return cluster.unique(return_inverse=True)[1]
 
 
-def diffuse(features, dtype, neighbours=5, rounds=8):
+def diffuse(features, device, dtype, neighbours=5, rounds=8):
     """Features (N, V), of length 1, each replaced `rounds` times by the mean of its nearest.
 
     Short prompts of one article share few words; those that share some bring the others together.
-    The graph of neighbours is made once, by N^2 V multiply-adds.
+    The graph of neighbours is made once, by N^2 V multiply-adds on `device`.
     """
-    low, chunks = features.to(dtype), torch.arange(len(features)).split(512)
-    near = [(low[rows] @ low.T).float().topk(min(neighbours + 1, len(low)), dim=1)
-            for rows in chunks]  # (n, N) -> (n, m)
-    for _ in range(rounds):
-        mixed = torch.empty_like(features)
-        for rows, (weight, index) in zip(chunks, near, strict=True):
-            near_by = weight.clamp(min=0)[:, :, None] * features[index]  # (n, m, V)
-            mixed[rows] = F.normalize(near_by.sum(dim=1), dim=1)
-        features = mixed
+    low, m = features.to(device, dtype), min(neighbours + 1, len(features))
+    near = [(rows @ low.T).float().topk(m, dim=1) for rows in low.split(512)]  # (n, N) -> (n, m)
+    weight, column = (torch.cat(parts).flatten().cpu() for parts in zip(*near, strict=True))
+    row = torch.arange(len(low)).repeat_interleave(m)  # (N m,), as the two others
+    graph = torch.sparse_coo_tensor(torch.stack([row, column]), weight.clamp(min=0).to(features),
+                                    (len(low), len(low)), check_invariants=True)
+    with torch.autocast("cpu", enabled=False):
+        for _ in range(rounds):
+            features = F.normalize(graph @ features, dim=1)  # (N, N) @ (N, V)
     return features

@@ -179,17 +179,13 @@ def cluster_batches(cluster, batch_size, generator):
     are plain shuffled batches.
     """
     N = len(cluster)
-    count = torch.bincount(cluster)  # (K,)
     shuffled = torch.randperm(N, generator=generator)
-    place = torch.empty_like(count)  # clusters in random order, so that leftovers meet by chance
-    place[torch.randperm(len(count), generator=generator)] = torch.arange(len(count))
+    # Clusters come in random order, so that leftovers meet by chance.
+    place = torch.randperm(int(cluster.max()) + 1, generator=generator).argsort()  # (K,)
     order = shuffled[place[cluster[shuffled]].argsort(stable=True)]  # grouped by cluster
-    ordered = cluster[order]
-    size = torch.zeros_like(count)
-    size[place] = count
-    start = size.cumsum(0) - size  # where each cluster begins in `order`, by place
-    rank = torch.arange(N) - start[place[ordered]]  # (N,) position within its own cluster
-    full = rank < count[ordered] // batch_size * batch_size
+    _, own, size = cluster[order].unique_consecutive(return_inverse=True, return_counts=True)
+    rank = torch.arange(N) - (size.cumsum(0) - size)[own]  # (N,) position within its own cluster
+    full = rank < (size // batch_size * batch_size)[own]
     batches = [*order[full].split(batch_size), *order[~full].split(batch_size)]
     batches = [batch for batch in batches if len(batch)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]

@@ -123,14 +123,14 @@ def join_processes(device):
     torch.set_num_threads(min(torch.get_num_threads(), cores()))
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, device
-    local = int(os.environ["LOCAL_RANK"])
-    if device.type == "mps" or (device.type == "cuda" and local >= torch.cuda.device_count()):
+    local, n_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if device.type == "mps" or (device.type == "cuda" and n_here > torch.cuda.device_count()):
         raise UserError(f"torchrun: process {local} of this machine finds no {device.type} device "
                         f"of its own; start fewer, or use --device cpu")
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    torch.set_num_threads(max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    torch.set_num_threads(max(1, cores() // n_here))
     # The first process may fetch a data set or cluster for long while the others wait.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     if dist.get_rank():
@@ -338,7 +338,8 @@ def share_trunk(run):
             shape = len(examples.tokens), run.base.config.n_embd
             mapped = functools.partial(torch.from_file, size=math.prod(shape), dtype=run.dtype)
             file = run.folder / "cache" / f"{split}-{run.trunk}.{kind}"
-            if not file.exists():
+            whole = math.prod(shape) * run.dtype.itemsize
+            if not (file.exists() and file.stat().st_size == whole):
                 with whole_file(file) as temporary:
                     states = mapped(str(temporary), shared=True).view(shape)
                     write_states(run, model, examples, states)
@@ -363,7 +364,7 @@ def read_records(folder):
         try:
             records.append(json.loads(line))
         except ValueError:
-            break
+            continue
     return records
 
 

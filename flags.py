@@ -123,14 +123,15 @@ def train_parser():
     add("--condition", choices=CONDITIONS, default=CONDITIONS[1], help="what of an instruction's "
         "prompt the statistics and the clusters see; the model always reads all of it")
     add("--told", choices=CONTROLS[:3], help="a control: train with the request's own statistic, "
-        "with that of a wrong cluster, or with one that says nothing")
+        "with that of a wrong cluster, or with one that says nothing (lora, lora-match and cache "
+        "are told nothing anyway)")
     add("--inference", choices=("fit", "assign"), default="fit", help="cluster held-out requests "
         "by k-means among themselves, or (not company-cache) by the nearest training centroid")
     add("--device", default="auto", choices=DEVICES, help="auto: of cuda, mps, cpu the first here")
     add("--dtype", default="auto", choices=DTYPES, help="of matrix products; the 16-bit ones halve "
         "the memory of activations; auto takes what is fast, and says why")
     add("--compile", action="store_true", help="torch.compile the transformer's blocks: a minute "
-        "to start, then faster steps on CUDA")
+        "to start, then faster steps on CUDA (not with --trunk shared, which runs none)")
     return parser
 
 
@@ -180,13 +181,15 @@ def parse_train(argv):
     """
     parser = train_parser()
     args = parser.parse_args(argv)
-    args.out = args.out or f"runs/{Path(args.dataset).stem}"
+    args.out = args.out or f"runs/{Path(args.dataset).resolve().stem}"
     config = remembered(Path(args.out))
     if config:
         known = config["args"]
         keys = known if args.resume else (*ONCE, "data_dir")
         parser.set_defaults(**{key: known[key] for key in keys}, out=args.out)
         args = parser.parse_args(argv)
+        if args.dtype == "auto":  # what that chose then
+            args.dtype = known["dtype"]
         for key in ONCE:
             if known[key] != getattr(args, key):
                 flag, now = f"--{key.replace('_', '-')}", getattr(args, key)

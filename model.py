@@ -135,10 +135,6 @@ class Update(NamedTuple):
         A, B = (t if t.dim() == 2 else t[cluster] for t in (self.A, self.B))
         return Update(A, B)
 
-    def project(self, hidden):
-        """The low-rank side: hidden (B, T, C) -> (B, T, r)."""
-        return hidden @ self.A.mT  # (B, T, C) @ (C, r) or (B, C, r) -> (B, T, r)
-
 
 class LMHead(nn.Module):
     """logits = W h, and more for each of `updates`. W is frozen while an adapter is trained.
@@ -171,8 +167,8 @@ class LMHead(nn.Module):
         logits = F.linear(hidden, self.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
         for update in updates:
             update = update if cluster is None else update.of(cluster)
-            # (B, T, r) @ (r, V) or (B, r, V) -> (B, T, V)
-            logits = logits + update.project(hidden) @ update.B.mT
+            z = hidden @ update.A.mT  # (B, T, C) @ (C, r) or (B, C, r) -> (B, T, r)
+            logits = logits + z @ update.B.mT  # (B, T, r) @ (r, V) or (B, r, V) -> (B, T, V)
         return logits
 
 
@@ -242,6 +238,9 @@ class GPT(nn.Module):
         x = self.transformer.wte(tokens) + self.transformer.wpe(position)  # (B, T, C)
         if soft is not None:
             x = torch.cat([soft.to(x.dtype), x], dim=1)  # (B, n + T, C)
+            if mask is not None:  # all may see them, and they themselves only what is before them
+                causal = mask.new_ones(x.shape[1], x.shape[1]).tril()
+                mask = F.pad(mask, (soft.shape[1], 0, soft.shape[1], 0), value=True) & causal
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cache[layer] if cache else None, mask)
@@ -398,6 +397,8 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
     masked = pad if shortest < longest else None  # without padding there is nothing to mask
     tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    soft = soft_prompts(model.lm_head, statistics, cluster)
+    use_cache = use_cache and soft is None
     room = min(longest + max_new_tokens, context + longest - shortest)
     cache = [KVCache(room) for _ in model.transformer.h] if use_cache else None
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -407,7 +408,7 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
     updates = [Update(*(t.to(model.lm_head.weight.dtype) for t in update)) for update in updates]
     new, past = tokens, None  # past: all hidden states (B, T, C), for a head that remembers them
     while tokens.shape[1] < longest + max_new_tokens and not done.all():
-        hidden = model.hidden(new if use_cache else tokens, cache, masked)
+        hidden = model.hidden(new if use_cache else tokens, cache, masked, soft)
         last = hidden[:, -1:].contiguous()  # else torch copies a frozen W once per sequence
         if model.lm_head.reads_company:
             past = hidden if past is None or not use_cache else torch.cat([past, hidden], dim=1)
@@ -422,7 +423,7 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
             if top_k is not None:
                 kept = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kept, -math.inf)
-            logits = (logits - logits.amax(dim=1, keepdim=True)) / temperature
+            logits = (logits - logits.amax(dim=1, keepdim=True)) / max(temperature, 1e-30)
             new = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)  # (B, 1)
         if stop_token is not None:
             new = new.masked_fill(done[:, None], stop_token)  # its mates learn nothing from it

@@ -103,7 +103,8 @@ def read_prompts(name):
     """Lines of a file, or of standard input, that are not blank."""
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        texts = [line for line in data.decode("utf-8").split("\n") if line.strip()]
+        lines = data.decode("utf-8-sig").split("\n")
+        texts = [line.removesuffix("\r") for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {name}: {error}") from None
     if not texts:
@@ -206,6 +207,7 @@ def score_generations(run, args, compare):
     """
     test, entries = run.examples["test"], []
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+    order = order[torch.from_numpy(test.prompt)[order] < run.base.config.block_size]  # has room
     chosen = order[: args.generations].sort().values.numpy()
     start, n_prompt, length = test.start[chosen], test.prompt[chosen], test.length[chosen]
     rows = Examples(test.tokens, start, n_prompt, n_prompt, test.article[chosen],

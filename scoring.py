@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from cache import read_together
 from data import IGNORE
-from model import Update, soft_prompts
+from model import soft_prompts
 
 LOGITS_BYTES = 1 << 26  # float32 logits that exist at one time; more tokens are taken in turns
 
@@ -41,8 +41,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         # z, B of each update; sums over tokens are kept exact
         d_updates = [None if not needed else torch.zeros_like(t, dtype=exact if i % 2 else dtype)
                      for i, (t, needed) in enumerate(zip(updates, trained[5:], strict=True))]
-        for turn in torch.arange(len(targets)).split(max(1, LOGITS_BYTES // (4 * len(weight)))):
-            first, end = int(turn[0]), int(turn[-1]) + 1
+        size = max(1, LOGITS_BYTES // (4 * len(weight)))
+        for first in range(0, len(targets), size):
+            end = min(first + size, len(targets))
             x = h[first:end] @ W.T  # (m, C) @ (C, V) -> (m, V)
             parts = []  # tokens of this turn that share a B: which update, which B, which tokens
             for i in range(0, len(updates), 2):
@@ -55,10 +56,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             target = targets[first:end, None]
             log_py = log_p.gather(1, target)[:, 0]
             losses[first:end] = -log_py
-            if odds is not None:  # -log(p_y + odds): its gradient is the same by p_y / (p_y + odds)
-                losses[first:end] = -torch.logaddexp(log_py, odds[first:end].log())
-                d_odds[first:end] = -losses[first:end].exp()
+            if odds is not None:  # -log(p_y + e^odds): its gradient is the same by p_y's share
+                losses[first:end] = -torch.logaddexp(log_py, odds[first:end])
                 share = (log_py + losses[first:end]).exp()
+                d_odds[first:end] = share - 1
             if not any(trained):
                 continue
             g = log_p.exp_()
@@ -100,8 +101,8 @@ def linear_cross_entropy(hidden, weight, targets, updates=(), counts=None, odds=
     hidden (n, C), weight (V, C), targets (n,); logits are W h, and for each of `updates`, a pair
     z (n, r) and B, B z more with B (V, r), or B[k] z with B (K, V, r) and k = 0 for the first
     counts[0] tokens, 1 for the next counts[1] and so on. With odds (n,) a target's probability p
-    counts as p + odds. Products are made in autocast's type, the softmax and all sums in float32.
-    At most LOGITS_BYTES of logits exist at a time, and whatever autograd needs is made on the way.
+    counts as p + exp(odds). Products are made in autocast's type, the softmax and all sums in
+    float32. At most LOGITS_BYTES of logits exist at a time; what autograd needs is made on the way.
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()
@@ -114,7 +115,8 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
 
     tokens (B, T) are what the model reads; targets (B, T), IGNORE where nothing is scored,
     statistics (K, ...) and cluster (B,), or what a cache is told, lie on the CPU, so that nothing
-    here waits for the device. The sum can be differentiated, the rows cannot.
+    here waits for the device (a cache does, row by row). The sum can be differentiated, the rows
+    cannot.
     """
     head, device = model.lm_head, model.lm_head.weight.device
 
@@ -138,8 +140,8 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
 
     pairs, odds = [], None
     for A, B in updates:
-        own = Update(A if A.dim() == 2 else A[which], B)  # B[k] is multiplied with all of k's
-        pairs.append((scored(own.project(hidden)), B))
+        z = hidden @ (A if A.dim() == 2 else A[which]).mT  # (B, T, C) @ (C, r) or (B, C, r)
+        pairs.append((scored(z), B))  # B[k] is multiplied with all of k's
     if head.reads_company:
         aim = send(targets)
         odds, rest = map(scored, head.recall(hidden, told, which, aim, aim != IGNORE))
@@ -196,6 +198,7 @@ class Company:
     def __init__(self, head, prompts, cluster, control=None, generator=None, article=None):
         if control == "own prompt only":
             cluster = torch.arange(len(cluster))
+        cluster = cluster.unique(return_inverse=True)[1]  # none without members
         self.head, self.prompts, self.cluster = head, prompts, cluster
         members = cluster.argsort(stable=True).split(cluster.bincount().tolist())
         if control == "shuffled":  # every cluster gets another one's members

@@ -87,9 +87,8 @@ def parameter_groups(model):
     """AdamW's groups. A base decays its matrices; adapters are small and decay nothing."""
     groups, is_base = {}, model.lm_head.weight.requires_grad
     for name, p in model.named_parameters():
-        if is_base:
-            group = "matrices" if p.dim() > 1 else "biases and norms"
-        else:
+        group = "matrices" if p.dim() > 1 else "biases and norms"
+        if not is_base:
             head = name.startswith("lm_head")
             group = type(model.lm_head).__name__ if head else "LoRA in the transformer"
         if p.requires_grad:
@@ -109,6 +108,10 @@ def flops_per_token(model, scored):
     weights = 12 * config.n_layer * config.n_embd**2 + scored * config.vocab_size * config.n_embd
     attention = 2 * config.n_layer * config.block_size * config.n_embd  # half of it is masked
     return 2 * weights * passes + 3 * attention
+
+
+class Diverged(UserError):
+    """The loss is no number; in a grid another learning rate may do better."""
 
 
 class Objective(nn.Module):
@@ -179,10 +182,7 @@ def fit(run, args, path, model, plan, load, n_scored, evaluate, cluster=None):
         tensors, info = read_tensors(state_path)
         done = info["done"]
         load_weights(model, under(tensors, "model."), state_path)
-        moments = {}
-        for key, tensor in under(tensors, "optimizer.").items():
-            i, key = key.split(".")
-            moments.setdefault(int(i), {})[key] = tensor
+        moments = {i: under(tensors, f"optimizer.{i}.") for i in range(len(parameters))}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         scaler.load_state_dict(info.get("scaler", {}))
         print(f"  {name}: going on from step {done['step']} of {total}")
@@ -249,8 +249,9 @@ def fit(run, args, path, model, plan, load, n_scored, evaluate, cluster=None):
                 done["seconds"] += time.perf_counter() - started
                 result = summed(*evaluate())
                 if not math.isfinite(result["loss"]):
-                    raise UserError(f"{name}: the loss is {result['loss']} at step {done['step']}; "
-                                    f"lower --lr (for the base --base-lr, with another --out)")
+                    raise Diverged(f"{name}: the loss is {result['loss']} at step {done['step']}; "
+                                   f"lower --lr (for the base --base-lr) with another --out, or "
+                                   f"after deleting {path.with_suffix('.*')}")
                 record = {**training, "step": done["step"], "tokens": done["tokens"],
                           "split": "validation", **result}
                 if run.rank == 0:
@@ -401,14 +402,20 @@ def choose_rate(run, args, method):
     place, paths = place_of(run, args, method, args.seeds[0]), grid_paths(run, args, method)
     name, outcomes = f"{args.trunk} {place.stem}", {}
     for lr, path in paths.items():
-        train_adapter(run, args, method, args.seeds[0], lr, path)
-        outcomes[lr] = read_tensors(path)[1]["done"]["best"]
+        try:
+            train_adapter(run, args, method, args.seeds[0], lr, path)
+            outcomes[lr] = read_tensors(path)[1]["done"]["best"]
+        except Diverged as error:
+            print(error)
+    if not outcomes:
+        raise UserError(f"{name}: no rate of --lr gave a number; lower them")
     best = min(outcomes, key=outcomes.get)
     print(f"{name}: validation loss by learning rate: "
           + ", ".join(f"{lr:g} {loss:.4f}" for lr, loss in outcomes.items()))
     if run.rank == 0:
         grid = run.folder / "grid.json"
         write_json(grid, (read_json(grid) if grid.exists() else {}) | {name: outcomes})
+    with run.first_goes_ahead():  # the others find what it has copied
         if not is_finished(place, adapter_plan(run, args, method, args.seeds[0], best), True):
             for suffix in (".safetensors", ".last.safetensors"):
                 chosen = read_tensors(paths[best].with_suffix(suffix))
@@ -459,6 +466,8 @@ def train_adapter(run, args, method, seed, lr, path):
 # ---------------------------------------------------------------------------------------- main
 
 
+@memory_advice("halve --batch-size and double --accumulate, or lower --rank; or, with another "
+               "--out, halve --base-batch-size or lower --block-size or --size")
 def main(argv=None):
     """Train what the arguments ask for; returns the run folder's path."""
     args, before = parse_train(argv)
@@ -524,13 +533,20 @@ def main(argv=None):
     if trained:
         run.base = (published.to(device).requires_grad_(False) if published
                     else load_base(trained, device, run.tokenizer))
-        print(f"base: {trained}, trained before")
+        print(f"base: {trained}, trained before: {config.n_layer} layers of width {config.n_embd}, "
+              f"vocabulary {config.vocab_size:,}, dropout {config.dropout:g}")
         if args.trunk == "shared":
             share_trunk(run)
         for method in methods:
             asked = [(args.seeds[0], *item) for item in grid_paths(run, args, method).items()]
+            places = [(n, args.lr[0], place_of(run, args, method, n)) for n in args.seeds]
             if len(args.lr) == 1:
-                asked = [(n, args.lr[0], place_of(run, args, method, n)) for n in args.seeds]
+                asked = places
+            elif not all(path.exists() for _, _, path in asked):
+                for _, _, place in places:  # so it was not chosen from this grid
+                    if place.exists():
+                        raise UserError(f"{place} was trained at a rate of its own; delete it to "
+                                        f"choose one of several, or name one --lr")
             for seed, lr, path in asked:
                 is_finished(path, adapter_plan(run, args, method, seed, lr), args.resume)
     elif args.trunk == "shared":
@@ -550,9 +566,7 @@ def main(argv=None):
                 "args": settings, "data": corpus.fingerprint,
                 "instructions": corpus.instructions, "torch": torch.__version__})
         if run.base is None:
-            with memory_advice("halve --base-batch-size and double --accumulate, or lower "
-                               "--block-size or --size, with another --out"):
-                train_base(run, args, plan)
+            train_base(run, args, plan)
             run.base = load_base(base_path, device, run.tokenizer)
         elif trained != base_path and rank == 0:
             for suffix in (".safetensors", ".last.safetensors"):
@@ -563,18 +577,19 @@ def main(argv=None):
                 else:
                     tensors, info = read_tensors(trained.with_suffix(suffix))
                 write_tensors(base_path.with_suffix(suffix), tensors, info)
-        with memory_advice("halve --batch-size and double --accumulate, or lower --rank"):
-            for method in methods:
-                lr = choose_rate(run, args, method)
-                for seed in args.seeds:
-                    path = place_of(run, args, method, seed)
-                    train_adapter(run, args, method, seed, lr, path)
+        for method in methods:
+            lr = choose_rate(run, args, method)
+            for seed in args.seeds:
+                train_adapter(run, args, method, seed, lr, place_of(run, args, method, seed))
     except KeyboardInterrupt:
         print(f"stopped; go on with: python train.py --resume --out {folder}", file=sys.stderr)
         sys.exit(130)
     finally:
         if world > 1:
             dist.destroy_process_group()
+    for state in sorted(folder.rglob("*.state.safetensors")):
+        if not state.with_suffix("").with_suffix(".last.safetensors").exists():
+            print(f"{state} is unfinished: --resume with its method and settings goes on with it")
     print(f"done; the table and the figures: python eval.py {folder}")
     return folder
 

@@ -139,7 +139,7 @@ def test_odds_in_the_loss_pass_gradcheck():
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, z, B, odds))
     p = (hidden @ weight.T + z @ B.T).softmax(dim=1)[torch.arange(7), targets]
-    torch.testing.assert_close(loss(hidden, weight, z, B, odds), -(p + odds).log().sum())
+    torch.testing.assert_close(loss(hidden, weight, z, B, odds), -(p + odds.exp()).log().sum())
 
 
 @pytest.mark.parametrize("control", [None, "own prompt only", "shuffled", "other articles"])
@@ -175,7 +175,7 @@ def test_topics_are_grouped():
 
 def test_diffused_features_equal_a_slow_loop():
     features = torch.nn.functional.normalize(torch.rand(40, 6, dtype=torch.float64), dim=1)
-    found = diffuse(features, torch.float64, neighbours=3, rounds=2)
+    found = diffuse(features, "cpu", torch.float64, neighbours=3, rounds=2)
     similarity = features @ features.T
     graph = torch.zeros_like(similarity)
     for i in range(40):

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 import scoring
 import train
 from data import IGNORE, Examples
-from files import UserError, read_tensors, write_tensors
+from files import UserError, read_json, read_tensors, write_tensors
 from flags import METHODS
 from hypernet import ChameleonHead
 from model import GPT, GPTConfig, LMHead, LoRAHead
@@ -442,6 +443,24 @@ def test_a_deleted_adapter_is_trained_anew_and_ends_the_same(arguments, finished
     assert contents(finished) == before
 
 
+def test_a_damaged_record_costs_no_other(arguments, finished):
+    log = finished / "metrics.jsonl"
+    first, second, *rest = log.read_text().splitlines()
+    log.write_text("\n".join([first, second[:20], *rest]) + "\n")
+    train.main([*arguments, "--methods", "scaled"])
+    assert log.read_text().splitlines()[: 1 + len(rest)] == [first, *rest]
+
+
+def test_cut_states_of_a_trunk_are_made_again(arguments, finished):
+    shared = [*arguments, "--trunk", "shared", "--methods", "lora"]
+    train.main(shared)
+    before = {path: path.read_bytes() for path in (finished / "cache").glob("*.float32")}
+    for path in before:
+        path.write_bytes(before[path][:-10])
+    train.main(shared)
+    assert len(before) == 3 and all(path.read_bytes() == before[path] for path in before)
+
+
 def test_a_torn_record_and_a_torn_cache_are_mended(
     arguments, uninterrupted, tmp_path, monkeypatch
 ):
@@ -524,6 +543,15 @@ def test_two_processes_train_as_one_does_with_the_same_batches(arguments, tmp_pa
     assert plan["steps"] == 3 * plan["steps_per_epoch"] == 3 * 3  # 5 batches in an epoch
 
 
+def test_two_processes_choose_a_rate_together(arguments, finished):
+    """The one that chooses is slow to write; the other must not train what it does not find."""
+    out = together(2, [*arguments, "--methods", "scaled,lora", "--lr", "1e-2,3e-2", "--seeds",
+                       "7,8", "--accumulate", "1"])
+    assert "done" in out[0] and out[1] == ""
+    assert all((finished / "adapters" / f"{method}-seed{n}.last.safetensors").exists()
+               for method in ("scaled", "lora") for n in (7, 8))
+
+
 def test_accumulated_batches_train_as_one_large_batch(
     arguments, tmp_path, monkeypatch
 ):
@@ -558,7 +586,7 @@ def test_out_of_memory_names_the_flags_that_help(raised, arguments, monkeypatch)
         torch.empty(1 << 55)
 
     monkeypatch.setattr(train, "losses", full)
-    with pytest.raises(UserError, match="--base-batch-size and double --accumulate") as error:
+    with pytest.raises(UserError, match=r"--batch-size and .*--base-batch-size") as error:
         train.main(arguments)
     assert "\n" not in str(error.value)
 
@@ -570,6 +598,48 @@ def test_a_grid_of_other_settings_is_refused_before_anything_is_written(argument
     with pytest.raises(UserError, match="was made with rank = 4, not 2"):
         train.main([*grid, "--rank", "2"])
     assert (finished / "config.json").read_bytes() == before
+
+
+def test_a_place_that_is_taken_is_refused_before_a_grid_is_trained(arguments, finished):
+    with pytest.raises(UserError, match=r"lora-seed0\.safetensors was trained at"):
+        train.main([*arguments, "--methods", "lora", "--lr", "1e-3,1e-2"])
+    assert not (finished / "grid").exists()
+
+
+def test_of_a_grid_a_rate_that_diverges_loses(arguments, finished, monkeypatch):
+    losses = train.losses
+
+    def diverging(model, *batch):
+        total, rows = losses(model, *batch)
+        return total * (float("nan") if path.stem.endswith("0.1") else 1), rows
+
+    def fit(run, args, at, *rest):
+        nonlocal path
+        path = at
+        return original(run, args, at, *rest)
+
+    original, path = train.fit, None
+    monkeypatch.setattr(train, "losses", diverging)
+    monkeypatch.setattr(train, "fit", fit)
+    grid = [*arguments, "--methods", "scaled", "--seeds", "3"]
+    train.main([*grid, "--lr", "1e-1,1e-3"])
+    outcome = read_json(finished / "grid.json")["joint scaled-seed3"]
+    assert list(outcome) == ["0.001"] and math.isfinite(outcome["0.001"])
+    with pytest.raises(UserError, match="no rate"):
+        train.main([*grid[:-1], "4", "--lr", "10.1,0.1"])
+
+
+def test_what_is_unfinished_is_told_at_the_end(arguments, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "is_finished", lambda *a: True)  # the base alone is trained
+        train.main(arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", lambda *a: os.kill(os.getpid(), 2) or 1e-3)
+        with pytest.raises(SystemExit):
+            train.main([*arguments, "--methods", "chameleon"])
+    capsys.readouterr()
+    train.main([*arguments, "--methods", "lora"])
+    assert "chameleon-seed0.state.safetensors is unfinished" in capsys.readouterr().out
 
 
 def test_a_condition_needs_instructions_and_adapters_of_before_had_none(arguments, finished):
