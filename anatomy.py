@@ -291,7 +291,7 @@ def draw(found, path, widest=20):
             axes.hlines(at, gains.min(axis=1).clip(-widest), gains.max(axis=1).clip(-widest),
                         color=colour)
             for x, y in zip(mean, at, strict=True):
-                if abs(x) > widest:
+                if x < -widest:
                     axes.annotate(f"{x:,.0f}", (-widest, y), (6, -9), textcoords="offset points",
                                   color=colour, fontsize=9)
         axes.axvline(0, color="0.4", linewidth=1)

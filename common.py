@@ -301,6 +301,8 @@ def adapter_paths(folder, trunk="joint"):
         method = path.name.split("-seed")[0]
         for control in CONTROLS:
             method = method.removesuffix(f"-{control}")
+        if method not in METHODS:
+            raise UserError(f"{path} is no adapter that train.py has named; move it away")
         return METHODS.index(method), path.name
 
     return sorted(paths, key=rank)

@@ -85,8 +85,8 @@ def read_lines(path):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason}); convert it first, e.g. with: "
-                        f"iconv -f latin1 -t utf-8") from None
+        raise UserError(f"{path} is not UTF-8 ({error.reason}); convert it first with: "
+                        f"iconv -f ITS_ENCODING -t utf-8") from None
 
 
 def read_wikitext(folder):
@@ -100,7 +100,10 @@ def read_wikitext(folder):
                 if not line.strip() and not lines[-3].strip():
                     yield Document(f"{split} {count}", "", "".join(lines[:-2]), split)
                     lines, count = lines[-2:], count + 1
-        yield Document(f"{split} {count}", "", "".join(lines), split)
+        # Where no title is found this is no Wikipedia: sections stand for articles.
+        for last in [lines] if count else grouped(lines, 1 << 16, len):
+            yield Document(f"{split} {count}", "", "".join(last), split)
+            count += 1
 
 
 def grouped(items, size, length):
@@ -201,10 +204,13 @@ def reader(dataset, data_dir):
     if all((path / f"{split}.txt").exists() for split in SPLITS):
         return lambda: read_wikitext(path)
     paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    texts = [p for p in paths if p.suffix == ".txt"]
-    records = [p for p in paths if p.suffix in (".jsonl", ".json")]
+    texts = [p for p in paths if p.suffix.lower() == ".txt"]
+    records = [p for p in paths if p.suffix.lower() in (".jsonl", ".json")]
     if not texts + records:
         raise UserError(f"{path}: no .txt, .jsonl or .json file there")
+    if path.is_dir() and {"validation", "test"} & {p.stem for p in texts + records}:
+        raise UserError(f"{path}: a split is kept where train.txt, validation.txt and test.txt are "
+                        f"all there; add what is missing, or rename the others to have all split")
 
     def read():
         yield from read_sections(texts, path.parent if path.is_file() else path)
@@ -224,15 +230,16 @@ class Corpus:
     def __init__(self, dataset, data_dir):
         self._read = reader(dataset, data_dir)
         self.dropped, self.instructions = 0, False
-        keys, presplit, digest = set(), False, hashlib.sha256()
+        keys, presplit, digest, cuts = set(), False, hashlib.sha256(), hashlib.sha256()
         for document in self._read():
             digest.update(repr(document).encode())
+            cuts.update(b"%d " % document.instruction)
             self.dropped += bool(document.prompt) and not document.text.strip()
             presplit |= document.split is not None
             self.instructions |= bool(document.prompt)
             if document.split is None and document.text.strip():
                 keys.add(key_hash(document.key))
-        self.fingerprint = digest.hexdigest()[:16]
+        self.fingerprint, self.cuts = digest.hexdigest()[:16], cuts.hexdigest()[:16]
         ordered = sorted(keys)
         held_out = max(1, round(0.05 * len(ordered)))
         self._limits = [ordered[i] for i in (held_out, 2 * held_out)] if len(keys) > 2 else None
@@ -329,13 +336,13 @@ def encode(corpus, split, tokenizer, cache):
     running text. The files' name is a hash of the text, the tokenizer and this very file, so
     that none of them can change unnoticed.
     """
-    key = f"{corpus.fingerprint} {tokenizer.fingerprint} {split}".encode()
+    key = f"{corpus.fingerprint} {corpus.cuts} {tokenizer.fingerprint} {split}".encode()
     name = hashlib.sha256(key + Path(__file__).read_bytes()).hexdigest()[:16]
     flat, index = Path(cache) / f"{split}-{name}.tokens", Path(cache) / f"{split}-{name}.npy"
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     try:  # a damaged or missing file is made again
         whole = flat.stat().st_size == np.load(index)[-1, 0] * np.dtype(dtype).itemsize
-    except (OSError, ValueError, EOFError):
+    except Exception:  # a file of anything whatever
         whole = False
     if not whole:
         written, rows = 0, []
@@ -467,6 +474,9 @@ def load_examples(corpus, tokenizer, block_size, cache):
         examples[split] = table = cut(tokens, documents, block_size)
         if table.dropped:
             print(f"{split}: {table.dropped} records left out, prompt longer than a block")
+        longer = (np.diff(documents[:, 0]) > block_size + 1) & (documents[:-1, 1] > 0)
+        if longer.sum() > table.dropped:
+            print(f"{split}: {longer.sum() - table.dropped} responses cut off where a block ends")
         if not len(table):
             raise UserError(f"the {split} split has no row to score; raise --block-size")
     return examples

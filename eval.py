@@ -40,7 +40,7 @@ from scoring import held_out_company, score, scored_bytes, summed
 
 # Okabe & Ito's palette: told apart by all kinds of colour vision, and in grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MARKERS = "os^DvP*X<>dph"
+MARKERS = "os^DvP*X<>ph8"
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # a legend, of the axes
 # Two-sided 95% points of Student's t distribution, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -107,10 +107,10 @@ def score_run(run, args):
 
     def add(model, plan, control=None, path=None):
         name, seed = label(plan), plan.get("seed", 0)
-        if control != plan.get("told"):
-            name += f", {control}"
         if path and not path.with_suffix(".last.safetensors").exists():
             name += " (unfinished)"
+        if control != plan.get("told"):
+            name += f", {control}"
         if control == "blended":
             model.lm_head.blend = True
         found, rows = score_model(run, model, plan, args, n_bytes, control)
@@ -121,7 +121,7 @@ def score_run(run, args):
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         entries.append({"name": name, "trunk": trunk, "seed": seed, "lr": plan.get("lr"),
                         "parameters": parameters, "bytes": path.stat().st_size if path else 0,
-                        **found})
+                        "plan": plan, **found})
 
     frozen = {"joint": run.base}
     if run.shared:
@@ -180,13 +180,18 @@ def difference(mine, theirs, losses, examples, split="test"):
     article = np.unique(examples.article, return_inverse=True)[1]
     total = np.bincount(article, nll)
     tokens = np.bincount(article, examples.length - examples.prompt)
-    drawn = np.random.default_rng(0).multinomial(
-        len(total), np.full(len(total), 1 / len(total)), size=2000)  # (2000, articles)
-    low, high = np.percentile((drawn @ total) / (drawn @ tokens), [2.5, 97.5])
-    return {"mean": d.mean(), "seeds": (d.mean() - half, d.mean() + half), "articles": (low, high)}
+    draw, n = np.random.default_rng(0), len(total)
+    samples = (draw.integers(n, size=n) for _ in range(2000))
+    ratios = [total[sample].sum() / tokens[sample].sum() for sample in samples]
+    # One article is no sample of articles: nothing can be said of others.
+    articles = tuple(np.percentile(ratios, [2.5, 97.5])) if n > 1 else (-math.inf, math.inf)
+    return {"mean": d.mean(), "seeds": (d.mean() - half, d.mean() + half), "articles": articles}
 
 
 def verdict(found):
+    """In a word; a difference that is printed as zero is none."""
+    if abs(found["mean"]) < 5e-5:
+        return "-"
     low = min(found["seeds"][0], found["articles"][0])
     high = max(found["seeds"][1], found["articles"][1])
     return "gain" if high < 0 else "loss" if low > 0 else "-"
@@ -195,8 +200,8 @@ def verdict(found):
 def make_table(entries, losses, examples):
     """Markdown: one row per method, over its seeds, and its difference to lora-match if it is
     there."""
-    head = ["method", "trained parameters", "bytes on disk", "head, µs/token", "learning rate",
-            "validation loss", "test loss", "test perplexity", "test bits/byte"]
+    head = ["method", "seeds", "trained parameters", "bytes on disk", "head, µs/token",
+            "learning rate", "validation loss", "test loss", "test perplexity", "test bits/byte"]
     rival = of_method(entries, "lora-match")
     if len(rival) > 1:
         head += ["test loss less lora-match's", "95% over seeds", "95% over articles", ""]
@@ -205,7 +210,7 @@ def make_table(entries, losses, examples):
         mine = of_method(entries, name)
         same = list(mine.values())
         rates = sorted({f"{entry['lr']:g}" for entry in same if entry["lr"]})
-        cells = [name, f"{same[0]['parameters']:,}", f"{same[0]['bytes']:,}",
+        cells = [name, str(len(same)), f"{same[0]['parameters']:,}", f"{same[0]['bytes']:,}",
                  f"{1e6 * np.median([entry['latency'] for entry in same]):.1f}", ", ".join(rates)]
         for split, key, digits in (("validation", "loss", 4), ("test", "loss", 4),
                                    ("test", "perplexity", 2), ("test", "bits_per_byte", 4)):
@@ -236,14 +241,13 @@ def worth_of_company(entries, losses, examples):
     return markdown([head, *rows]) if rows else ""
 
 
-def make_notes(run, dataset, entries):
+def make_notes(run, dataset, inference, entries):
     tokens = entries[0]
-    n_seeds = len({entry["seed"] for entry in entries[1:]})
+    assigned = inference == "assign" and " Each request has its nearest training cluster."
     return (
         f"Data {dataset}, base of {sum(p.numel() for p in run.base.parameters()):,} "
-        f"parameters, {n_seeds} seed{'s' * (n_seeds != 1)}"
-        f"{' (± is the standard deviation)' * (n_seeds > 1)}. Losses in nats per scored "
-        f"token: {tokens['validation']['n_tokens']:,} of validation, "
+        f"parameters; ± is the standard deviation over seeds.{assigned or ''} Losses in nats per "
+        f"scored token: {tokens['validation']['n_tokens']:,} of validation, "
         f"{tokens['test']['n_tokens']:,} of test, the same for every method. Names after a comma "
         f"are controls: the same weights, told something else in the cluster's place. A gain or a "
         f"loss is what lies outside both intervals. Learning rates were chosen on validation where "
@@ -279,7 +283,9 @@ def draw_losses(records, frozen, path):
             curves = {}
             for record in records:
                 if record["method"] == method:
-                    curve = curves.setdefault(record["seed"], [(0, frozen)])
+                    # Training starts where the frozen base is; a cache helps untrained.
+                    start = [] if "cache" in method else [(0, frozen)]
+                    curve = curves.setdefault(record["seed"], start)
                     curve.append((record["tokens"] / 1e6, record["loss"]))
             shortest = min(map(len, curves.values()))
             points = np.array([curve[:shortest] for curve in curves.values()])  # (seeds, points, 2)
@@ -296,6 +302,7 @@ def draw_costs(entries, path):
     names = [name for name in dict.fromkeys(entry["name"] for entry in entries[1:])
              if not name.endswith(tuple(f", {control}" for control in CONTROLS))]
     with figure(path, "trained parameters", "test loss (nats per token)", **BESIDE) as axes:
+        axes.set_title(TITLES[entries[0]["trunk"]], fontsize=11)
         axes.axhline(entries[0]["test"]["loss"], color="0.4", linestyle="--", label="frozen")
         for i, name in enumerate(names):
             mine = list(of_method(entries, name).values())
@@ -350,19 +357,24 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
 def main(argv=None):
     """Score the run, or continue prompts; returns the entries of results.json, or token ids."""
     args = eval_parser().parse_args(argv)
+    asked = [f"--{name}" for name in ("prompts", "sweep", "anatomy", "on")
+             if getattr(args, name) not in (None, False)]
+    if len(asked) > 1:
+        raise UserError(f"{asked[0]} and {asked[1]} are questions of their own; leave one out")
+    if args.methods and not args.sweep:
+        raise UserError("--methods goes with --sweep; without it all adapters are scored")
     keep_freed_memory()
     folder = Path(args.run)
     run, config = open_run(folder, choose_device(args.device)[0], args.dtype)
     if args.prompts is not None:
         return continue_prompts(run, config, args)
-    metrics = text_metrics(config) if args.generations else None
     data_dir, out = args.data_dir or config["args"]["data_dir"], folder
+    dataset = config["args"]["dataset"]
     if args.on:
-        if args.sweep or args.anatomy:
-            raise UserError("--on scores adapters on other text; leave out --sweep and --anatomy")
         corpus, out = Corpus(args.on, data_dir), folder / f"on-{Path(args.on).stem}"
     else:
-        corpus = open_corpus(config["args"]["dataset"], data_dir, config)
+        corpus = open_corpus(dataset, data_dir, config)
+    metrics = text_metrics(corpus, args.on or dataset) if args.generations else None
     if args.anatomy:
         from anatomy import dissect  # it builds on this file
 
@@ -383,7 +395,8 @@ def main(argv=None):
         f"## {TITLES[trunk]}\n\n{make_table(part, losses, run.examples['test'])}\n"
         f"{worth_of_company(part, losses, run.examples['test'])}\n"
         for trunk, part in parts.items() if part)
-    text += make_notes(run, args.on or config["args"]["dataset"], entries)
+    asked_of = f"{args.on} (adapters of {dataset})" if args.on else dataset
+    text += make_notes(run, asked_of, args.inference, entries)
     generations = score_generations(run, args, metrics) if metrics else []
     if generations:
         rows = [(e["name"], str(e["seed"]), f"{e['bleu']:.2f}", f"{e['rouge_l']:.2f}")
@@ -393,7 +406,7 @@ def main(argv=None):
                  f"at most {args.max_new_tokens} tokens.\n")
     write_text(out / "results.md", text)
     write_json(out / "results.json", {
-        "args": {key: value for key, value in config["args"].items() if key != "data_dir"},
+        "dataset": asked_of, "inference": args.inference,
         "data": corpus.fingerprint, "torch": torch.__version__,
         "python": platform.python_version(), "machine": platform.machine(), "entries": entries,
         "generations": generations,
@@ -403,13 +416,13 @@ def main(argv=None):
     print("\n" + text)
     if args.on:  # the figures are of the training's own data
         return entries
-    drawn = {(entry["name"], entry["lr"], "joint") for entry in parts["joint"]}
+    drawn = {(entry["name"], entry["seed"], entry["lr"], "joint") for entry in parts["joint"]}
     records = [r for r in read_records(folder)
-               if (r["method"], r.get("lr"), r.get("trunk")) in drawn]
+               if (r["method"], r["seed"], r.get("lr"), r.get("trunk")) in drawn]
     draw_losses(records, entries[0]["validation"]["loss"], folder / "loss.png")
     draw_costs(parts["shared"] or parts["joint"], folder / "pareto.png")
     chameleons = [path for trunk in TITLES for path in adapter_paths(folder, trunk)
-                  if path.name.startswith("chameleon")]
+                  if path.name.startswith("chameleon-seed")]
     if chameleons and len(run.examples["validation"]) > 2:
         model, plan = load_adapter(run, chameleons[0])
         draw_clusters(run, model, plan, args.inference or plan["inference"],

@@ -24,6 +24,8 @@ class UserError(Exception):
 
 def run_cli(main):
     """Call `main()`; a `UserError` becomes one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without ± must not end a run
     try:
         main()
     except KeyboardInterrupt:

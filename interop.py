@@ -156,7 +156,8 @@ def save_hf(model, folder, statistics=None):
 PEFT = "base_model.model."  # what peft puts before the names of the model that it wraps
 # Variants of LoRA that would need other arithmetic; all are off where a config leaves them out.
 VARIANTS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
-            "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication")
+            "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication",
+            "use_qalora", "alora_invocation_tokens", "arrow_config")
 
 
 def save_peft(model, folder, head=True):
@@ -201,6 +202,8 @@ def load_peft(base, folder):
         raise UserError(f"{folder}: adapter_config.json is not that of a LoRA")
     odd = [key for key in VARIANTS if config.get(key)]
     odd += ["bias"] * (config.get("bias", "none") != "none")
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal"):
+        odd.append("init_lora_weights")  # the others change the base itself
     if odd:
         raise UserError(f"{folder}: the LoRA has {odd[0]} = {config[odd[0]]}, which is not "
                         f"supported here")
@@ -222,7 +225,8 @@ def load_peft(base, folder):
         layer = there.get(name)
         n_out, n_in = layer.weight.shape if layer is not None else (0, 0)
         A, B = (found.get(part, torch.empty(0, 0)) for part in ("lora_A", "lora_B"))
-        if (A.shape[1], B.shape[0]) != (n_in, n_out) or not len(A) == B.shape[1] > 0:
+        if A.dim() != 2 or B.dim() != 2 or not len(A) == B.shape[1] > 0 or (
+                A.shape[1], B.shape[0]) != (n_in, n_out):
             raise UserError(f"{path}: the LoRA of {name} does not fit this base")
         if layer is model.lm_head:
             adapted = LoRAHead(layer.weight, len(A), alpha)

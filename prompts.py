@@ -58,8 +58,10 @@ def rows_of(run, plan, prompts):
     length = np.array([len(prompt) for prompt in prompts])
     shown = length
     if plan.get("condition") == "instruction":  # as in training: what announces a response is not
-        texts = [run.tokenizer.decode(prompt).rstrip() for prompt in prompts]
-        shown = np.array([len(run.tokenizer.encode(text)) for text in texts]).clip(1, length)
+        sizes = run.tokenizer.bytes_per_token().numpy()
+        ends = [len(run.tokenizer.decode(prompt).rstrip().encode()) for prompt in prompts]
+        shown = np.array([(sizes[prompt].cumsum() - sizes[prompt] < end).sum()
+                          for prompt, end in zip(prompts, ends, strict=True)]).clip(1)
     return Examples(np.concatenate(prompts), length.cumsum() - length, length, length,
                     np.arange(len(length)), instruction=shown)
 
@@ -136,7 +138,7 @@ def continue_prompts(run, config, args):
     texts = read_prompts(args.prompts)
     # The model is asked as it was trained: an instruction ends with what announces the response.
     end = RESPONSE if config.get("instructions") else ""
-    prompts = [run.tokenizer.encode(text + end) for text in texts]
+    prompts = [run.tokenizer.encode(text.strip() + end if end else text) for text in texts]
     context = run.base.config.block_size
     for text, prompt in zip(texts, prompts, strict=True):
         if len(prompt) >= context:
@@ -178,10 +180,10 @@ def continue_prompts(run, config, args):
     return found
 
 
-def text_metrics(config):
+def text_metrics(corpus, dataset):
     """The function (answers, references) -> BLEU and ROUGE-L; UserError if they cannot be had."""
-    if not config.get("instructions"):
-        raise UserError(f"--generations: {config['args']['dataset']} has no instructions")
+    if not corpus.instructions:
+        raise UserError(f"--generations: {dataset} has no instructions")
     try:
         import sacrebleu
         from rouge_score.rouge_scorer import RougeScorer
@@ -202,8 +204,8 @@ def text_metrics(config):
 def score_generations(run, args, compare):
     """Greedy answers to test instructions, compared with their responses.
 
-    The same args.generations instructions for every adapter, clustered among themselves. Returns
-    entries for results.json.
+    The same args.generations instructions, of those that leave room for an answer, for every
+    joint adapter, clustered among themselves. Returns entries for results.json.
     """
     test, entries = run.examples["test"], []
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
@@ -218,6 +220,8 @@ def score_generations(run, args, compare):
               for row, n in zip(tokens, n_prompt, strict=True)]
     for path in (None, *adapter_paths(run.folder)):
         model, plan = load_adapter(run, path) if path else open_method(run, "frozen", 0)
+        if plan.get("told"):  # a control has no answers of its own
+            continue
         requests, _ = adapt_to(run, model, plan, rows, args.inference)
         texts = []
         size = len(prompts) if model.lm_head.reads_company else args.batch_size

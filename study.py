@@ -67,7 +67,7 @@ def sweep_noise(run, model, plan, examples, args):
     for kind, source in sources.items():
         for share in SHARES:
             tokens = np.array(examples.tokens)
-            for i in order[: round(share * len(order))]:
+            for i in order[: int(share * len(order))]:
                 row = slice(examples.start[i], examples.start[i] + examples.length[i])
                 start = draw.integers(len(source) - examples.length[i])
                 tokens[row] = source[start : start + examples.length[i]]
@@ -78,16 +78,18 @@ def sweep_noise(run, model, plan, examples, args):
 
 
 SWEEPS = {"clusters": (sweep_company, "clusters of the validation requests"),
-          "cluster-size": (sweep_company, "requests that a statistic is made of"),
+          "cluster-size": (sweep_company, "requests that a statistic is made of, at most"),
           "noise": (sweep_noise, "share of requests that were replaced")}
 
 
 def sweep(run, args):
     """Draw sweep-KIND.png and write sweep-KIND.json; returns its records."""
-    kind, trunk = args.sweep, "shared" if run.shared else "joint"
-    records = []
-    for path in adapter_paths(run.folder, trunk):
+    kind, records = args.sweep, []
+    for path in adapter_paths(run.folder, "shared") + adapter_paths(run.folder):
         model, plan = load_adapter(run, path)
+        trunk = "shared" if plan.get("trunk") else "joint"
+        if records and records[0]["trunk"] != trunk:  # joint adapters only where no head is alone
+            break
         wanted = "own prompt only" in model.lm_head.controls or (
             kind == "noise" and plan["method"] == "per-sample")
         if not wanted or plan.get("told") or plan["seed"] != args.seed or (
@@ -95,8 +97,8 @@ def sweep(run, args):
             continue
         examples = (run.shared if plan.get("trunk") else run.examples)["validation"]
         for variant, x, loss in SWEEPS[kind][0](run, model, plan, examples, args):
-            records.append({"method": label(plan), "seed": plan["seed"], "variant": variant,
-                            "x": x, "loss": loss})
+            records.append({"method": label(plan), "trunk": trunk, "seed": plan["seed"],
+                            "variant": variant, "x": x, "loss": loss})
             print(f"{label(plan)}, seed {plan['seed']} {variant} {x}: {loss:.4f}", flush=True)
     if not records:
         raise UserError(f"--sweep {kind}: {run.folder} has no adapter with seed {args.seed} that "
@@ -109,15 +111,14 @@ def sweep(run, args):
 def draw(records, kind, path):
     curves = {}  # of each method and variant, over x
     for r in records:
-        curve = curves.setdefault((r["method"], r["variant"]), {})
-        curve.setdefault(r["x"], []).append(r["loss"])
+        curves.setdefault((r["method"], r["variant"]), {})[r["x"]] = r["loss"]
     methods = list(dict.fromkeys(method for method, _ in curves))
     with figure(path, SWEEPS[kind][1], "validation loss (nats per token)", **BESIDE) as axes:
         for (method, variant), curve in curves.items():
-            i, x = methods.index(method), sorted(curve)
-            style = "--" if variant.startswith("random") else "-"
-            axes.plot(x, [np.mean(curve[at]) for at in x], MARKERS[i % 8] + style, markersize=5,
-                      color=COLOURS[i % 7], label=", ".join(filter(None, (method, variant))))
+            i, style = methods.index(method), "--" if variant.startswith("random") else "-"
+            axes.plot(*zip(*sorted(curve.items()), strict=True), MARKERS[i % 8] + style,
+                      color=COLOURS[i % 7], markersize=5,
+                      label=", ".join(filter(None, (method, variant))))
         if kind != "noise":
             axes.set_xscale("log", base=2)
         low, high = axes.get_ylim()

@@ -55,8 +55,10 @@ def test_parameters_are_loras_and_a_few():
 
 @pytest.mark.parametrize("scope", ["prompt", "running", "full"])
 @pytest.mark.parametrize("control", [None, "own prompt only"])
-def test_the_loss_equals_remembering_one_token_at_a_time(scope, control):
+@pytest.mark.parametrize("share", [0.0, 150.0])  # at the second l rounds to 1 and its odds overflow
+def test_the_loss_equals_remembering_one_token_at_a_time(scope, control, share):
     head = head_of(scope)
+    head.share.data.fill_(share)
     model, index = model_of(head), torch.tensor([4, 1, 0, 5])
     company = Company(head, EXAMPLES, CLUSTER, control)
     batch = company.batch(EXAMPLES, index)
@@ -81,13 +83,14 @@ def test_the_loss_equals_remembering_one_token_at_a_time(scope, control):
                         score_of = score_of + 10 * head.trust[0] * (j == i)
                         remembered[mate[u]] += score_of.exp()
                         weights, n = weights + score_of.exp(), n + 1
-            share = 0.0
+            logits = LMHead.forward(head, h[None, None], head.updates())[0, 0]
+            log_p = logits.log_softmax(dim=0)[tokens[t]]
             if n:
                 match = 10 * head.trust[1] * (weights / n).log()
-                share = torch.sigmoid(h @ head.share_of + head.share + match)
-            p = (LMHead.forward(head, h[None, None], head.updates())[0, 0]).softmax(dim=0)
-            remembered = remembered / weights if weights > 0 else remembered
-            expected -= torch.log((1 - share) * p + share * remembered)[tokens[t]]
+                gate = h @ head.share_of + head.share + match  # log of l / (1 - l)
+                found = (remembered[tokens[t]] / weights).log()
+                log_p = torch.logaddexp(log_p, gate + found) - torch.logaddexp(gate, 0 * gate)
+            expected -= log_p
         torch.testing.assert_close(rows[b], expected.detach())
 
 
@@ -117,9 +120,10 @@ def test_the_gradients_are_those_of_the_log_probabilities():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_share_that_rounds_to_one_leaves_loss_and_gradients_finite():
+@pytest.mark.parametrize("share", [30.0, 90.0, 300.0])
+def test_a_share_that_rounds_to_one_leaves_loss_and_gradients_finite(share):
     head = head_of()
-    head.share.data.fill_(30.0)
+    head.share.data.fill_(share)
     batch = Company(head, EXAMPLES, CLUSTER).batch(EXAMPLES, torch.arange(6))
     total, rows = losses(model_of(head), *batch)
     trained = [p for p in head.parameters() if p is not head.weight]
@@ -157,6 +161,24 @@ def test_scores_do_not_depend_on_the_batches(control):
     whole = score(run, model, EXAMPLES, 6, company)[0]
     for size in (1, 2, 4):
         np.testing.assert_allclose(score(run, model, EXAMPLES, size, company)[0], whole, rtol=1e-5)
+
+
+def test_who_is_told_of_whom_under_each_control():
+    cluster, article = torch.zeros(6, dtype=torch.int64), np.array([0, 0, 1, 0, 1, 2])
+    told = {"other articles": [[0, 2, 4, 5], [1, 2, 4, 5], [0, 1, 2, 3, 5], [2, 3, 4, 5],
+                               [0, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5]],
+            "no later rows": [[0, 2, 4, 5], [0, 1, 2, 4, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 5],
+                              [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]],
+            "own prompt only": [[i] for i in range(6)], None: [list(range(6))] * 6}
+    for control, expected in told.items():
+        company = Company(head_of(), EXAMPLES, cluster, control, None, article)
+        for i, mates in enumerate(expected):
+            assert company.kept(torch.tensor([i]))[1].tolist() == mates
+    shuffled = Company(head_of(), EXAMPLES, torch.tensor([0, 5, 0, 5, 2, 2]), "shuffled",
+                       torch.Generator().manual_seed(0))  # clusters without members are none
+    groups = [shuffled.kept(torch.tensor([i]))[1].tolist() for i in range(6)]
+    assert sorted(groups[:2] + groups[4:5]) == [[0, 2], [1, 3], [4, 5]]
+    assert all(i not in mates for i, mates in enumerate(groups))
 
 
 def test_topics_are_grouped():

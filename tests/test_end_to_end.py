@@ -117,6 +117,11 @@ def test_heads_on_a_shared_trunk_are_compared_pairwise_and_swept(run, capsys):
         records = eval.main([str(folder), "--sweep", kind])
         assert (folder / f"sweep-{kind}.png").exists()
         assert {r["method"] for r in records} >= {"chameleon", "company-cache"}
+        if kind == "cluster-size":
+            for r in (r for r in records if r["x"] == 1):  # of one member: the request itself
+                same = [e for e in entries if e["name"] == f"{r['method']}, own prompt only"
+                        and (e["trunk"], e["seed"]) == ("shared", r["seed"])]
+                assert r["loss"] == pytest.approx(same[0]["validation"]["loss"], rel=1e-6)
     alone = {r["seed"]: r["loss"] for r in records
              if (r["method"], r["variant"], r["x"]) == ("per-sample", "random tokens", 0.5)}
     clean = {r["seed"]: r["loss"] for r in records
@@ -127,7 +132,8 @@ def test_heads_on_a_shared_trunk_are_compared_pairwise_and_swept(run, capsys):
 def test_what_cannot_be_asked_of_a_run_is_told_in_a_line(run):
     folder, _ = run
     for asked, why in ((["--sweep", "noise", "--seed", "5"], "no adapter with seed 5"),
-                       (["--sweep", "noise", "--on", "pydocs"], "leave out --sweep")):
+                       (["--sweep", "noise", "--on", "pydocs"], "leave one out"),
+                       (["--methods", "lora"], "goes with --sweep")):
         with pytest.raises(UserError, match=why):
             eval.main([str(folder), *asked])
     assert not list(folder.glob("sweep-*"))
@@ -187,6 +193,17 @@ def test_intervals_are_students_and_a_bootstrap_over_articles():
     assert found["mean"] == pytest.approx(-0.2)
     assert found["seeds"] == pytest.approx((-0.2 - half, -0.2 + half), rel=1e-3)
     assert found["articles"] == pytest.approx((-0.2, -0.2))  # every article gains as much
+    rises = np.array([0.6, -0.2, 0.1])  # articles that gain unequally, one of two rows
+    for seed in mine:
+        losses[f"joint/a/{seed}/test"] = losses[f"joint/b/{seed}/test"] + rises
+    ratios = [sum(pair) / sum(size) for pair, size in (
+        ((0.4, 0.4), (4, 4)), ((0.4, 0.1), (4, 2)), ((0.1, 0.4), (2, 4)), ((0.1, 0.1), (2, 2)))]
+    spread = eval.difference(mine, theirs, losses, examples)["articles"]
+    assert spread == pytest.approx((min(ratios), max(ratios)))  # each of the four has a quarter
+    alone = Examples(*(getattr(examples, name) for name in ("tokens", "start", "length", "prompt")),
+                     np.zeros(3))
+    assert eval.difference(mine, theirs, losses, alone)["articles"] == (-math.inf, math.inf)
+    found = eval.difference(mine, theirs, losses, examples)
     later = [{seed + 1: entry for seed, entry in entries.items()} for entries in (mine, theirs)]
     assert eval.difference(*later, losses, examples) == found  # no seed need be 0
     assert eval.verdict(found) == "-"  # two of three seeds' worth: zero is inside

@@ -45,9 +45,9 @@ def trained(base, method, form="full", scope="prompt", examples=None):
 
 
 def table(tokens):
-    """(N, T + 1) tokens as Examples, the first quarter of each row its prompt."""
+    """(N, T + 1) tokens as Examples."""
     rows = np.arange(N)
-    return Examples(tokens.reshape(-1), rows * (T + 1), np.full(N, T + 1), PROMPT, rows)
+    return Examples(tokens.reshape(-1), rows * (T + 1), np.full(N, T + 1), PROMPT.copy(), rows)
 
 
 @torch.no_grad()
@@ -116,8 +116,7 @@ def test_the_running_scope_moves_only_logits_that_are_made_later(control):
             changed[row, place] = (changed[row, place] + 1) % V
             after = all_logits(base, model, plan, changed, "fit", control)
             for other, end in enumerate(PROMPT - PROMPT[row] + place):  # as far as that step
-                end = max(0, end)
-                assert torch.equal(before[other, :end], after[other, :end]), (row, place)
+                assert torch.equal(before[other, : max(0, end)], after[other, : max(0, end)])
             others = [i for i in range(N) if i != row]
             mates += not torch.equal(before[others, place:], after[others, place:])
     assert (mates > 0) == (control != "own prompt only")

@@ -256,10 +256,14 @@ def test_top_1_is_greedy_and_draws_follow_the_generator():
     assert draw(0) == draw(0) != draw(1)
 
 
-def test_draws_have_the_models_probabilities():
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_draws_have_the_models_probabilities(top_k):
     model = tiny()
     probabilities = model(torch.tensor([[3]]))[0, 0].div(0.7).softmax(0)
-    drawn = generate(model, [[3]] * 4000, 1, temperature=0.7,
+    if top_k:
+        others = probabilities.argsort(descending=True)[top_k:]
+        probabilities = probabilities.index_fill(0, others, 0) / (1 - probabilities[others].sum())
+    drawn = generate(model, [[3]] * 4000, 1, temperature=0.7, top_k=top_k,
                      generator=torch.Generator().manual_seed(0))
     seen = torch.bincount(torch.tensor(drawn)[:, 0], minlength=50) / 4000
     assert F.l1_loss(seen, probabilities, reduction="sum") < 0.1

@@ -2,9 +2,11 @@
 
 import io
 import json
+import random
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ import model
 import prompts
 import train
 from common import adapter_path, load_adapter, open_run
+from data import Corpus, encode
 from files import UserError
-from prompts import adapt_to, telling_words
+from prompts import adapt_to, rows_of, telling_words
 
 TEXTS = ["the river of stone and cloud", "winter sings quietly", "a river under green stone",
          "summer road walks over winter", "the house and the apple"]
@@ -167,7 +170,7 @@ def test_generations_are_scored_on_the_same_instructions_again_and_again(instruc
     assert "| method | seed | BLEU | ROUGE-L |" in (instructed / "results.md").read_text()
     eval.main([str(instructed), *options, "--batch-size", "2"])
     assert json.loads((instructed / "results.json").read_text())["generations"] == first
-    compare = prompts.text_metrics({"instructions": True})
+    compare = prompts.text_metrics(SimpleNamespace(instructions=True), "some data")
     texts = ["the river runs down to the sea", "a stone lies still in the green grass"]
     assert compare(texts, texts) == pytest.approx({"bleu": 100, "rouge_l": 100})
     assert compare(texts, texts[::-1])["rouge_l"] < 50
@@ -181,6 +184,25 @@ def test_missing_metrics_and_missing_instructions_are_told_before_anything_is_sc
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(UserError, match=r"sacrebleu.*pip install sacrebleu rouge-score"):
         eval.main([str(instructed), "--generations", "3"])
+
+
+def test_of_a_prompt_a_condition_shows_what_it_showed_in_training(instructed, tmp_path):
+    run, _ = open_run(instructed, torch.device("cpu"))
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("river stone.,!?\n  '-", k=draw.randint(1, 30))).strip()
+             for _ in range(300)]
+    texts = list(dict.fromkeys(text for text in texts if text))
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([{"instruction": text, "output": "a house"} for text in texts]))
+    corpus, n = Corpus(str(path), tmp_path), 0
+    for split in ("train", "validation", "test"):
+        index = encode(corpus, split, run.tokenizer, tmp_path / "cache")[1][:-1]
+        prompts = [run.tokenizer.encode(document.prompt) for document in corpus.documents(split)]
+        rows = rows_of(run, {"condition": "instruction"}, prompts)
+        assert rows.prompt.tolist() == index[:, 1].tolist()
+        assert rows.instruction.tolist() == index[:, 2].tolist()
+        n += len(index)
+    assert n == len(texts) > 200
 
 
 # ---------------------------------------------------------------------------------------- README

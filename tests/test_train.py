@@ -552,6 +552,51 @@ def test_two_processes_choose_a_rate_together(arguments, finished):
                for method in ("scaled", "lora") for n in (7, 8))
 
 
+def test_training_equals_a_plain_loop(arguments, tmp_path, monkeypatch):
+    """AdamW with weight decay on matrices alone, clipped gradients, the schedule, the batches."""
+    built, GPT = [], train.GPT
+    monkeypatch.setattr(train, "GPT", lambda config: built.append(GPT(config)) or built[-1])
+    run = train.main([*arguments, "--methods", "frozen", "--dropout", "0", "--base-lr", "0.05"])
+    last, info = read_tensors(run / "base.last.safetensors")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**info["plan"]["config"]))
+    examples = load_run_examples(run, arguments)
+    matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == wanted]
+                        for wanted in (True, False))
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
+                                   {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95))
+    norms = []
+    for step, index in zip(range(9), shuffled(len(examples), 16, 0, 0), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 9, 0.05)
+        tokens, targets = examples.batch(index, whole=True)
+        optimizer.zero_grad()
+        F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(),
+                        ignore_index=IGNORE).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        optimizer.step()
+    assert max(norms) > 1.1  # there was something to clip
+    for name, p in model.named_parameters():
+        if name.endswith("c_attn.bias"):  # that of k changes no attention: its gradient is noise
+            continue
+        torch.testing.assert_close(last[name], p.data, rtol=1e-4, atol=1e-4)
+
+
+def load_run_examples(run, arguments):
+    tokenizer = train.Tokenizer.load(run / "tokenizer.json")
+    corpus = train.open_corpus(arguments[1], "data", None)
+    return train.load_examples(corpus, tokenizer, 24, run / "cache")["train"]
+
+
+def test_scored_bytes_are_those_of_the_continuations(arguments, finished):
+    tokenizer = train.Tokenizer.load(finished / "tokenizer.json")
+    examples = load_run_examples(finished, arguments)
+    tokens = [token for a, n, p in zip(examples.start, examples.length, examples.prompt,
+                                       strict=True) for token in examples.tokens[a + p : a + n]]
+    found = scoring.scored_bytes(examples, tokenizer.bytes_per_token())
+    assert found == len(tokenizer.decode(tokens).encode()) > 0
+
+
 def test_accumulated_batches_train_as_one_large_batch(
     arguments, tmp_path, monkeypatch
 ):
