@@ -542,7 +542,7 @@ def main(argv=None):
             places = [(n, args.lr[0], place_of(run, args, method, n)) for n in args.seeds]
             if len(args.lr) == 1:
                 asked = places
-            elif not all(path.exists() for _, _, path in asked):
+            elif not any(path.exists() for _, _, path in asked):
                 for _, _, place in places:  # so it was not chosen from this grid
                     if place.exists():
                         raise UserError(f"{place} was trained at a rate of its own; delete it to "

@@ -670,6 +670,7 @@ def test_of_a_grid_a_rate_that_diverges_loses(arguments, finished, monkeypatch):
     train.main([*grid, "--lr", "1e-1,1e-3"])
     outcome = read_json(finished / "grid.json")["joint scaled-seed3"]
     assert list(outcome) == ["0.001"] and math.isfinite(outcome["0.001"])
+    train.main([*grid, "--lr", "1e-1,1e-3"])  # again: the rate that is missing is no hindrance
     with pytest.raises(UserError, match="no rate"):
         train.main([*grid[:-1], "4", "--lr", "10.1,0.1"])
 
