@@ -52,22 +52,19 @@ TITLES = {"joint": "Trained jointly with LoRA in the transformer",
 
 
 def score_model(run, model, plan, args, n_bytes, control=None):
-    """What an entry says of the splits, speed and latency, and the losses (N,) of each split."""
+    """What an entry says of the splits and of latency, and the losses (N,) of each split."""
     keep_freed_memory()
-    result, rows, seconds, n_read = {}, {}, 0.0, 0
+    result, rows = {}, {}
     asked = args.inference if model.lm_head.stores_clusters else None
     inference = asked or plan.get("inference")
     for split, examples in (run.shared if plan.get("trunk") else run.examples).items():
-        start = time.perf_counter()
         with memory_advice("lower --batch-size"):
             company = held_out_company(run, model, examples, plan, inference, control)
             rows[split], counts = score(run, model, examples, args.batch_size, company)
-        seconds += time.perf_counter() - start
-        n_read += int(examples.length.sum())
         result[split] = found = summed(rows[split], counts)
         found["perplexity"] = math.exp(found["loss"])
         found["bits_per_byte"] = found["nll_sum"] / math.log(2) / n_bytes[split]
-    return result | {"speed": n_read / seconds, "latency": latency(run, model, company)}, rows
+    return result | {"latency": latency(run, model, company)}, rows
 
 
 @torch.no_grad()
