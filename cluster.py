@@ -28,8 +28,8 @@ class KMeans:
 
 def assign(points, centroids, max_bytes=1 << 24, dtype=torch.float32):
     """Nearest centroid of each point: points (N, C), centroids (K, C) -> cluster (N,) int64 and
-    squared distance (N,) float32. Ties go to the lower index. Chunks of about `max_bytes` are
-    all that is built on the way. `dtype` is the products' type: bfloat16 is faster where the
+    squared distance (N,) float32. In float32 ties go to the lower index. Chunks of `max_bytes` or
+    so are all that is built on the way. `dtype` is the products' type: bfloat16 is faster where the
     hardware has it; too coarse to decide, it names two centroids, and float32 picks one.
     """
     centroids = centroids.float()
@@ -59,7 +59,12 @@ def linear(weight, bias):
     prefers for float32, takes 1.6 times as long on some AMD processors."""
     if (weight.device.type, weight.dtype) != ("cpu", torch.float32) or not (
             torch.backends.mkldnn.is_available()):
-        return lambda x: F.linear(x, weight, bias)
+
+        def as_asked(x):
+            with torch.autocast(weight.device.type, enabled=False):  # it would choose the type
+                return F.linear(x, weight, bias)
+
+        return as_asked
     weight, bias = weight.to_mkldnn(), bias.to_mkldnn()
     return lambda x: F.linear(x.to_mkldnn(), weight, bias).to_dense()
 
@@ -77,7 +82,8 @@ def seed_centroids(points, k, generator, max_bytes=1 << 24):
     leaves one of many well-separated groups without a seed. To compare them to all points costs
     as much as many Lloyd steps, so a large k first cuts the space into 4 sqrt(k) cells. Each cell
     keeps its best candidate ready, judged by its own points; the best of all becomes a seed, and
-    only its cell draws again. At most 32 points per seed are looked at.
+    only its cell draws again. At most 32 points per seed are looked at. Under autocast products
+    are of its type: a seed need not be the very best.
     """
     device, trials = points.device, 2 + int(4 * math.log(k))
     order = torch.randperm(len(points), generator=generator, device=generator.device)
