@@ -545,11 +545,11 @@ def test_two_processes_train_as_one_does_with_the_same_batches(arguments, tmp_pa
 
 def test_two_processes_choose_a_rate_together(arguments, finished):
     """The one that chooses is slow to write; the other must not train what it does not find."""
-    out = together(2, [*arguments, "--methods", "scaled,lora", "--lr", "1e-2,3e-2", "--seeds",
-                       "7,8", "--accumulate", "1"])
+    out = together(2, [*arguments, "--methods", "scaled", "--lr", "1e-2,3e-2", "--seeds", "7,8",
+                       "--max-steps", "2", "--evaluations", "1", "--accumulate", "1"])
     assert "done" in out[0] and out[1] == ""
-    assert all((finished / "adapters" / f"{method}-seed{n}.last.safetensors").exists()
-               for method in ("scaled", "lora") for n in (7, 8))
+    assert all((finished / "adapters" / f"scaled-seed{n}.last.safetensors").exists()
+               for n in (7, 8))
 
 
 def test_training_equals_a_plain_loop(arguments, tmp_path, monkeypatch):
@@ -617,7 +617,7 @@ def test_accumulated_batches_train_as_one_large_batch(
 
 
 def test_float16_trains_with_scaled_losses(arguments):
-    run = train.main([*arguments, "--dtype", "float16"])
+    run = train.main([*arguments, "--dtype", "float16", "--methods", "frozen"])
     records = [r["loss"] for r in read_records(run) if r["method"] == "base"]
     assert records[-1] < records[0] - 0.1
 
