@@ -1,4 +1,7 @@
+import os
 import random
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: two processes, two cores
 
 import pytest
 from hypothesis import settings
