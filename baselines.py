@@ -69,7 +69,8 @@ class MaskedHead(ClusteredHead):
         trained on its own group and used alone at inference, or, in eval.py's row "blended",
         mixed.
 
-    M = 8. The masks alone take M * M rank numbers, the factors M rank (C + V).
+    M = 8, or as many as there are clusters. The masks alone take M * M rank numbers, the factors
+    M rank (C + V).
     """
 
     M, temperature = 8, 0.1

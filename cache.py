@@ -207,8 +207,7 @@ class CompanyCacheHead(CacheHead):
         device = self.weight.device
         dtype = product_type(device)
         features = diffuse(features, device, dtype).to(device)
-        cluster = kmeans(features, min(k, len(examples)), generator, dtype=dtype).cluster.cpu()
-        return cluster.unique(return_inverse=True)[1]
+        return kmeans(features, min(k, len(examples)), generator, dtype=dtype).cluster.cpu()
 
 
 def diffuse(features, device, dtype, neighbours=5, rounds=8):

@@ -360,7 +360,7 @@ def write_states(run, model, examples, states):
 
 
 def read_records(folder):
-    """Records of metrics.jsonl. A kill can tear its last line, which then does not count."""
+    """Records of metrics.jsonl. A damaged line, such as a kill can leave, does not count."""
     path, records = folder / "metrics.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:

@@ -338,11 +338,12 @@ def encode(corpus, split, tokenizer, cache):
     """
     key = f"{corpus.fingerprint} {corpus.cuts} {tokenizer.fingerprint} {split}".encode()
     name = hashlib.sha256(key + Path(__file__).read_bytes()).hexdigest()[:16]
-    flat, index = Path(cache) / f"{split}-{name}.tokens", Path(cache) / f"{split}-{name}.npy"
+    flat, index = Path(cache) / f"{split}-{name}.tokens", Path(cache) / f"{split}-{name}.index"
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     try:  # a damaged or missing file is made again
-        whole = flat.stat().st_size == np.load(index)[-1, 0] * np.dtype(dtype).itemsize
-    except Exception:  # a file of anything whatever
+        rows = np.fromfile(index, np.int64).reshape(-1, 3)
+        whole = flat.stat().st_size == rows[-1, 0] * np.dtype(dtype).itemsize
+    except (OSError, ValueError, IndexError):
         whole = False
     if not whole:
         written, rows = 0, []
@@ -356,18 +357,21 @@ def encode(corpus, split, tokenizer, cache):
                     # A response says where it ends; running text goes on in its next row.
                     tokens = prompt + text + [tokenizer.end] if prompt else text
                     n_bytes = len(document.prompt[: document.instruction].encode())
-                    # A token may hold an instruction's last character and what follows it.
-                    begin = sizes[prompt].cumsum() - sizes[prompt] if prompt else np.zeros(0)
-                    rows.append((written, len(prompt), int((begin < n_bytes).sum())))
+                    rows.append((written, len(prompt), begin_within(prompt, n_bytes, sizes)))
                     written += len(tokens)
                     file.write(np.array(tokens, dtype=dtype).tobytes())
-        rows.append((written, 0, 0))
-        with whole_file(index) as temporary, open(temporary, "wb") as file:
-            np.save(file, np.array(rows, dtype=np.int64))
-    rows = np.load(index)
+        rows = np.array([*rows, (written, 0, 0)], dtype=np.int64)
+        with whole_file(index) as temporary:
+            rows.tofile(temporary)
     if rows[-1, 0] == 0:
         raise UserError(f"the {split} split has no text")
     return np.memmap(flat, dtype=dtype, mode="r"), rows
+
+
+def begin_within(tokens, n_bytes, sizes):
+    """How many of `tokens` begin in the first `n_bytes` bytes of their text; sizes (V,): of each
+    token. The last may hold an instruction's last character and what follows it."""
+    return int((sizes[tokens].cumsum() - sizes[tokens] < n_bytes).sum())
 
 
 # ------------------------------------------------------------------------------------ examples

@@ -240,10 +240,10 @@ def worth_of_company(entries, losses, examples):
 
 def make_notes(run, dataset, inference, entries):
     tokens = entries[0]
-    assigned = inference == "assign" and " Each request has its nearest training cluster."
+    grouped = " Each request has its nearest training cluster." * (inference == "assign")
     return (
         f"Data {dataset}, base of {sum(p.numel() for p in run.base.parameters()):,} "
-        f"parameters; ± is the standard deviation over seeds.{assigned or ''} Losses in nats per "
+        f"parameters; ± is the standard deviation over seeds.{grouped} Losses in nats per "
         f"scored token: {tokens['validation']['n_tokens']:,} of validation, "
         f"{tokens['test']['n_tokens']:,} of test, the same for every method. Names after a comma "
         f"are controls: the same weights, told something else in the cluster's place. A gain or a "
@@ -392,8 +392,8 @@ def main(argv=None):
         f"## {TITLES[trunk]}\n\n{make_table(part, losses, run.examples['test'])}\n"
         f"{worth_of_company(part, losses, run.examples['test'])}\n"
         for trunk, part in parts.items() if part)
-    asked_of = f"{args.on} (adapters of {dataset})" if args.on else dataset
-    text += make_notes(run, asked_of, args.inference, entries)
+    scored_on = f"{args.on} (adapters of {dataset})" if args.on else dataset
+    text += make_notes(run, scored_on, args.inference, entries)
     generations = score_generations(run, args, metrics) if metrics else []
     if generations:
         rows = [(e["name"], str(e["seed"]), f"{e['bleu']:.2f}", f"{e['rouge_l']:.2f}")
@@ -403,7 +403,7 @@ def main(argv=None):
                  f"at most {args.max_new_tokens} tokens.\n")
     write_text(out / "results.md", text)
     write_json(out / "results.json", {
-        "dataset": asked_of, "inference": args.inference,
+        "dataset": scored_on, "inference": args.inference,
         "data": corpus.fingerprint, "torch": torch.__version__,
         "python": platform.python_version(), "machine": platform.machine(), "entries": entries,
         "generations": generations,

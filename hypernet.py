@@ -106,10 +106,8 @@ class ClusteredHead(LMHead):
         cluster's statistic is that of the requests in it.
         """
         if k is None:
-            cluster = self.nearest(prompts)
-        else:
-            cluster = self.kmeans(prompts, k, generator).cluster.cpu()
-        return cluster.unique(return_inverse=True)[1]  # number the clusters that have members
+            return self.nearest(prompts)
+        return self.kmeans(prompts, k, generator).cluster.cpu()
 
     def assigned(self, prompts):
         """Nearest training cluster (N,), and its statistic (N, C), whoever else is asking.

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common import adapter_path, adapter_paths, label, load_adapter
-from data import END, RESPONSE, Examples
+from data import END, RESPONSE, Examples, begin_within
 from files import UserError
 from model import generate, merge_lora
 from scoring import held_out_company
@@ -60,7 +60,7 @@ def rows_of(run, plan, prompts):
     if plan.get("condition") == "instruction":  # as in training: what announces a response is not
         sizes = run.tokenizer.bytes_per_token().numpy()
         ends = [len(run.tokenizer.decode(prompt).rstrip().encode()) for prompt in prompts]
-        shown = np.array([(sizes[prompt].cumsum() - sizes[prompt] < end).sum()
+        shown = np.array([begin_within(prompt, end, sizes)
                           for prompt, end in zip(prompts, ends, strict=True)]).clip(1)
     return Examples(np.concatenate(prompts), length.cumsum() - length, length, length,
                     np.arange(len(length)), instruction=shown)

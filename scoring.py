@@ -198,7 +198,7 @@ class Company:
     def __init__(self, head, prompts, cluster, control=None, generator=None, article=None):
         if control == "own prompt only":
             cluster = torch.arange(len(cluster))
-        cluster = cluster.unique(return_inverse=True)[1]  # none without members
+        cluster = cluster.unique(return_inverse=True)[1]  # number the clusters that have members
         self.head, self.prompts, self.cluster = head, prompts, cluster
         members = cluster.argsort(stable=True).split(cluster.bincount().tolist())
         if control == "shuffled":  # every cluster gets another one's members
