@@ -307,7 +307,10 @@ def draw_costs(entries, path):
             deviation = np.std(values, ddof=1) if len(values) > 1 else None
             axes.errorbar(mine[0]["parameters"], np.mean(values), yerr=deviation, capsize=3,
                           markersize=7, fmt=MARKERS[i % 13], color=COLOURS[i % 7], label=name)
-        axes.set_xscale("log")
+        # Whole decades: always two to label, and no steps between them, which would not fit.
+        digits = [len(str(entry["parameters"])) for entry in entries[1:]] or [1]
+        axes.set(xscale="log", xlim=(10 ** (min(digits) - 1), 10 ** max(digits)))
+        axes.xaxis.set_minor_formatter("")
 
 
 def typical_words(seen, members, tokenizer, n=3):
