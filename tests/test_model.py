@@ -119,7 +119,8 @@ def test_attention_of_16_bit_rows_on_a_cpu_equals_float32s(T):
     torch.testing.assert_close(short.float(), exact, rtol=0, atol=0.05)
     for mine, theirs in zip(torch.autograd.grad(short.float().square().sum(), (q, k, v)),
                             torch.autograd.grad(exact.square().sum(), (q, k, v)), strict=True):
-        assert (mine - theirs).norm() <= 0.02 * theirs.norm()
+        # To a single key, gradients of q and k are zero, but for rounding.
+        assert (mine - theirs).norm() <= 0.02 * theirs.norm() + 1e-4
 
 
 def test_lora_starts_at_the_frozen_model_and_trains_only_its_own():

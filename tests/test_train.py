@@ -579,7 +579,9 @@ def test_training_equals_a_plain_loop(arguments, tmp_path, monkeypatch):
     for name, p in model.named_parameters():
         if name.endswith("c_attn.bias"):  # that of k changes no attention: its gradient is noise
             continue
-        torch.testing.assert_close(last[name], p.data, rtol=1e-4, atol=1e-4)
+        # Rounding, which AdamW enlarges where gradients are small, makes 1e-4; a training without
+        # the clipping, or with another weight decay or momentum, 1e-2 and more.
+        assert (last[name] - p.data).norm() < 2e-3 * p.data.norm(), name
 
 
 def load_run_examples(run, arguments):
