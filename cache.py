@@ -3,15 +3,17 @@
 A mean of token embeddings no longer knows which tokens it was made of. Here nothing is averaged.
 The statistic of a request is every token w_i that its cluster has produced so far, with the
 hidden state h_i that came before it, and the update of the head is of as high a rank as there are
-tokens: A holds the states, B a one where the tokens are, and a softmax stands between them,
+tokens: A holds the states, B a one where the tokens are, and a softmax stands between them. There
+are two such memories, 1 of the request's own tokens and 2 of its mates',
 
-    p(w | h) = (1 - l) softmax(W' h)_w + l [B softmax(t A h + o)]_w,    l = sigmoid(gate(h) + a m).
+    p(w | h) = [softmax(W' h)_w + e^g1 [B1 softmax(t A1 h)]_w + e^g2 [B2 softmax(t A2 h)]_w]
+               / (1 + e^g1 + e^g2),    g = gate(h) + a m.
 
-So a request is reminded of how its mates went on from where it is now. W' is W with static LoRA,
-m, the logarithm of the mean of exp(t A h + o), says how well the memories match, and o is what a
-request's own tokens have before its mates'. It is the continuous cache of Grave, Joulin & Usunier
-(2017), which remembers a row's own history and stands here as a rival (`CacheHead`), given to all
-requests of a cluster, with a trained gate.
+So a request is reminded of how it, and how its mates, went on from where it is now. W' is W with
+static LoRA, and m, the logarithm of the mean of exp(t A h), says how well a memory matches; each
+memory has a gate and an a of its own, so that mates who know nothing can be left unheard. It is the
+continuous cache of Grave, Joulin & Usunier (2017), which remembers a row's own history and stands
+here as a rival (`CacheHead`), given to all requests of a cluster, with trained gates.
 
 The requests of a cluster are decoded in step, and a token is known to its mates from the next step
 on: it moves only logits that are made after it (scope `running`). With scope `prompt` no more than
@@ -19,6 +21,7 @@ prompts are known, and with `full` everything is: that LEAKS.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -30,22 +33,30 @@ from hypernet import product_type, table
 from model import LMHead, Update, lora_factors
 
 NEVER = 1 << 30  # when padding is produced
-FASTER = 10  # AdamW moves all numbers alike, and these two have the longest way to go
+FASTER = 10  # AdamW moves all numbers alike, and the gates' have the longest way to go
+
+
+class Memory(NamedTuple):
+    """n tokens that are remembered at q positions; a token's share is exp(score - total)."""
+
+    scores: torch.Tensor  # (q, n), -1e9 where a token is not known yet
+    token: torch.Tensor  # (n,)
+    total: torch.Tensor  # (q,), the scores' logsumexp
+    gate: torch.Tensor  # (q,), logarithm of the memory's weight beside the head's, which is 1
 
 
 class CacheHead(LMHead):
     """A continuous cache of each row's own history on the frozen base, as in its paper.
 
-    l and t, which the paper chose by search, are trained: 2 parameters.
+    Its weight l = sigmoid(share) and t, which the paper chose by search, are trained: 2 parameters.
     """
 
     needs_statistics, clustered_batches, reads_company = True, False, True
-    own = 0.0
 
     def __init__(self, weight, scope="running"):
         super().__init__(weight)
         self.scope = scope
-        self.share = nn.Parameter(torch.tensor(-2.0, device=weight.device))  # l, before a sigmoid
+        self.share = nn.Parameter(torch.tensor(-2.0, device=weight.device))
         self.log_t = nn.Parameter(torch.tensor(-1.0, device=weight.device))
 
     def read(self, examples, embedding):
@@ -85,47 +96,54 @@ class CacheHead(LMHead):
         nothing |= place - pad[:, None] >= context
         return torch.stack([following, (place - longest).masked_fill(nothing, NEVER)], dim=2)
 
-    def gate(self, hidden, match):
-        """l (q,) of hidden (q, C), before the sigmoid; match (q,), how well memories match, is the
-        logarithm of exp(score)'s mean."""
+    def gate(self, hidden, match, memory):
+        """Logarithm of a memory's weight (q,) at hidden (q, C); memory: 0, a row's own, or 1, its
+        mates'; match (q,), how well it matches, is the logarithm of exp(score)'s mean."""
         return self.share.expand(match.shape)
 
-    def attention(self, b, queries, hidden, statistics, knows):
-        """What is remembered at the positions `queries` (q,) of row b: the logarithm (q, n) of the
-        share of each of n tokens, the tokens (n,), and l (q,) before its sigmoid."""
+    def memories(self, b, queries, hidden, statistics, knows):
+        """What is remembered at the positions `queries` (q,) of row b, by itself and by its mates:
+        a `Memory` of each that has anything to remember."""
         near = knows[b].nonzero()[:, 0]
-        token, place = statistics[near].flatten(0, 1).unbind(1)  # (rows T,)
-        now = statistics[b, queries, 1, None]  # (q, 1)
-        if self.scope == "running":
-            known = place < now  # (q, rows T)
-        else:
-            known = (place < (0 if self.scope == "prompt" else NEVER)).expand(len(queries), -1)
-        ever = known.any(dim=0)
-        keys, known = hidden[near].flatten(0, 1)[ever], known[:, ever]  # (n, C), (q, n)
-        own = (near == b).repeat_interleave(hidden.shape[1])[ever]  # (n,)
-        h = hidden[b, queries]
+        h, now = hidden[b, queries], statistics[b, queries, 1, None]  # (q, C), (q, 1)
         q = (h.float() * (self.log_t.exp() / math.sqrt(h.shape[1]))).to(h.dtype)
-        scores = (q @ keys.T).float() + self.own * own  # (q, C) @ (C, n) -> (q, n)
-        scores = scores.where(known, -1e9)
-        total, n = scores.logsumexp(dim=1), known.sum(dim=1)
-        match = (total - n.clamp(min=1).log()).where(n > 0, 0)
-        gate = self.gate(h, match).float().where(n > 0, -1e9)  # nothing to remember: l is 0
-        return scores - total[:, None], token[ever], gate
+        found = []
+        for memory, rows in enumerate((near[near == b], near[near != b])):
+            token, place = statistics[rows].flatten(0, 1).unbind(1)  # (rows T,)
+            if self.scope == "running":
+                known = place < now  # (q, rows T)
+            else:
+                known = (place < (0 if self.scope == "prompt" else NEVER)).expand(len(queries), -1)
+            ever = known.any(dim=0)
+            keys, known = hidden[rows].flatten(0, 1)[ever], known[:, ever]  # (n, C), (q, n)
+            if len(keys) == 0:
+                continue
+            scores = (q @ keys.T).float().where(known, -1e9)  # (q, C) @ (C, n) -> (q, n)
+            total, n = scores.logsumexp(dim=1), known.sum(dim=1)
+            match = (total - n.clamp(min=1).log()).where(n > 0, 0)
+            gate = self.gate(h, match, memory).float().where(n > 0, -1e9)
+            found.append(Memory(scores, token[ever], total, gate))
+        return found
 
     def recall(self, hidden, statistics, knows, targets, wanted):
-        """Logarithms of l / (1 - l) times the memory's probability of the targets (B, T), where
-        `wanted` (B, T), and of 1 - l (B, T), both from l's logit: l may round to 1.
+        """Of the targets (B, T), where `wanted` (B, T): the logarithm of what the memories add to
+        the head's probability of a target, and that of the divisor's inverse, both (B, T).
 
-        The transformer is trained neither to be remembered nor to ask: it is taken as it is.
+        In logarithms, as a memory's weight may be past float32. The transformer is trained neither
+        to be remembered nor to ask: it is taken as it is.
         """
         hidden, zero = hidden.detach(), torch.zeros(targets.shape[1], 2, device=hidden.device)
         rows = []
         for b in range(len(hidden)):
             queries = wanted[b].nonzero()[:, 0]
-            share, token, gate = self.attention(b, queries, hidden, statistics, knows)
-            hit = token == targets[b, queries, None]  # (q, n)
-            odds = gate + share.where(hit, -1e9).logsumexp(dim=1)
-            found = torch.stack([odds, -F.softplus(gate)], dim=1)
+            memories = self.memories(b, queries, hidden, statistics, knows)
+            target = targets[b, queries, None]  # (q, 1)
+            odds = [zero[queries, 0] - 1e9]  # nothing to remember
+            for scores, token, total, gate in memories:
+                hits = scores.where(token == target, -1e9)  # (q, n)
+                odds.append(gate + hits.logsumexp(dim=1) - total)
+            odds = torch.stack(odds).logsumexp(dim=0)
+            found = torch.stack([odds, left_to_head(memories, odds)], dim=1)
             rows.append(zero.index_add(0, queries, found))  # (q, 2) -> (T, 2)
         return torch.stack(rows).unbind(2)  # (B, T)
 
@@ -135,11 +153,20 @@ class CacheHead(LMHead):
         log_p = super().forward(hidden[:, first:], updates).float().log_softmax(dim=2)
         queries = torch.arange(first, hidden.shape[1], device=hidden.device)
         rows = []
-        for b, p in enumerate(log_p.exp()):  # (q, V)
-            share, token, gate = self.attention(b, queries, hidden, statistics, knows)
-            part = gate.sigmoid()[:, None]  # l (q, 1)
-            rows.append(((1 - part) * p).index_add(1, token, part * share.exp()))  # (q, n)
+        for b, own in enumerate(log_p):  # (q, V)
+            memories = self.memories(b, queries, hidden, statistics, knows)
+            rest = left_to_head(memories, own[:, 0])
+            p = (own + rest[:, None]).exp()
+            for scores, token, total, gate in memories:
+                p = p.index_add(1, token, (scores + (gate - total + rest)[:, None]).exp())  # (q, n)
+            rows.append(p)
         return torch.stack(rows).log()
+
+
+def left_to_head(memories, like):
+    """Logarithm (q,) of the head's share beside the memories'; like (q,)."""
+    weights = [torch.zeros_like(like), *(memory.gate for memory in memories)]
+    return -torch.stack(weights).logsumexp(dim=0)
 
 
 def read_together(index, members):
@@ -151,7 +178,7 @@ def read_together(index, members):
 class CompanyCacheHead(CacheHead):
     """Static LoRA on the head, and the cache that the requests of a cluster share.
 
-    rank (C + V) + C + 4 parameters, and a buffer (V,), the inverse document frequencies that
+    rank (C + V) + 2 C + 5 parameters, and a buffer (V,), the inverse document frequencies that
     weigh tokens for clustering.
     """
 
@@ -163,21 +190,18 @@ class CompanyCacheHead(CacheHead):
         V, C = weight.shape
         self.scale = alpha / rank
         self.lora_A, self.lora_B = lora_factors(C, V, rank, weight.device)
-        self.share_of = nn.Parameter(torch.zeros(C, device=weight.device))
+        # Of both memories; the mates' starts the lower.
+        self.share = nn.Parameter(torch.tensor([-0.2, -0.4], device=weight.device))
+        self.share_of = nn.Parameter(torch.zeros(2, C, device=weight.device))
         self.trust = nn.Parameter(torch.zeros(2, device=weight.device))
         self.register_buffer("idf", torch.ones(V, device=weight.device))
 
     def updates(self, statistics=None):
         return [Update(self.scale * self.lora_A, self.lora_B)]
 
-    @property
-    def own(self):
-        """What a token's score gains by being the request's own."""
-        return FASTER * self.trust[0]
-
-    def gate(self, hidden, match):
-        gate = hidden @ self.share_of.to(hidden.dtype) + self.share  # (q, C) @ (C,) -> (q,)
-        return gate + FASTER * self.trust[1] * match
+    def gate(self, hidden, match, memory):
+        gate = hidden @ self.share_of[memory].to(hidden.dtype)  # (q, C) @ (C,) -> (q,)
+        return gate + FASTER * (self.share[memory] + self.trust[memory] * match)
 
     def fit_clusters(self, examples, k, generator):
         """Cluster (N,) of the training examples; measures document frequencies on the way."""
