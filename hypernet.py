@@ -124,7 +124,7 @@ class ClusteredHead(LMHead):
         which (B,) names each row's cluster, group (M,) that of each of the `members` (M,).
         """
         if not len(members):
-            return self.center.cpu().expand(int(which.max()) + 1, -1), which
+            return self.center.cpu().repeat(int(which.max()) + 1, 1), which
         return prompts.statistics(group, members), which
 
     def standardised(self, statistics):
