@@ -229,7 +229,7 @@ def test_controls_change_the_statistics_and_nothing_else():
     assert sorted(shuffled[0].tolist()) == sorted(real[0].tolist())
     assert not (shuffled[0] == real[0]).all(dim=1).any()
     assert torch.equal(constant[0], head.center.expand_as(real[0]))
-    # What goes to a GPU is pinned first, which takes a tensor whose elements have places of their own.
+    # What goes to a GPU is pinned first: each element needs a place of its own.
     assert all(0 not in told[0].stride() for told in (real, *controls))
 
 
