@@ -274,7 +274,7 @@ def figure(path, x_label, y_label, size=(8, 4.5), grid="both", **legend):
 def draw_losses(records, frozen, path):
     """Validation loss against training tokens; seeds are a band around their mean."""
     with figure(path, "training tokens of the adapter (millions)",
-                "validation loss (nats per token)") as axes:
+                "validation loss (nats per token)", loc="outside upper center", ncols=2) as axes:
         axes.axhline(frozen, color="0.4", linestyle="--", label="frozen base")
         for i, method in enumerate(dict.fromkeys(record["method"] for record in records)):
             curves = {}
@@ -288,7 +288,7 @@ def draw_losses(records, frozen, path):
             points = np.array([curve[:shortest] for curve in curves.values()])  # (seeds, points, 2)
             x, loss = points[..., 0].mean(axis=0), points[..., 1]
             name = f"{method}, {len(curves)} seed{'s' * (len(curves) > 1)}"
-            axes.plot(x, loss.mean(axis=0), MARKERS[i % 5] + "-", color=COLOURS[i % 7],
+            axes.plot(x, loss.mean(axis=0), MARKERS[i % 13] + "-", color=COLOURS[i % 7],
                       label=name, markersize=5)
             axes.fill_between(x, loss.min(axis=0), loss.max(axis=0), color=COLOURS[i % 7],
                               alpha=0.2, linewidth=0)
