@@ -164,6 +164,7 @@ class Run:
     trunk: str | None = None  # fingerprint of the transformer that heads share, see `share_trunk`
     trunk_model: GPT | None = None  # that transformer, with a head of its own
     shared: dict | None = None  # split -> Examples with its states
+    grouped: tuple = (None, None)  # settings, and the clusters and head that they started from
     rank: int = 0  # of this process, among `world`
     world: int = 1
 

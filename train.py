@@ -442,10 +442,13 @@ def train_adapter(run, args, method, seed, lr, path):
         def group():
             with run.autocast:
                 found = head.fit_clusters(prompts, plan.get("clusters", 1), generator)
-            return found, {name: buffer.cpu() for name, buffer in head.named_buffers()}
+            return found, {n: t.detach().to("cpu", copy=True) for n, t in weights(head).items()}
 
-        found, buffers = run.from_first(group)
-        head.load_state_dict(buffers, strict=False)
+        settings = plan | {"lr": None}  # the rates of a grid start from one clustering
+        if run.grouped[0] != settings:
+            run.grouped = settings, run.from_first(group)
+        found, start = run.grouped[1]
+        head.load_state_dict(start, strict=False)
         company = Company(head, prompts, found, args.told, generator.manual_seed(seed))
         cluster = company.cluster if head.clustered_batches and not args.told else None
     held_out = held_out_company(run, model, validation, plan, plan.get("inference"), args.told)

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 
 import scoring
 import train
+from baselines import MaskedHead
+from cache import CompanyCacheHead
 from data import IGNORE, Examples
 from files import UserError, read_json, read_tensors, write_tensors
 from flags import METHODS
@@ -677,6 +680,30 @@ def test_of_a_grid_a_rate_that_diverges_loses(arguments, finished, monkeypatch):
     train.main([*grid, "--lr", "1e-1,1e-3"])  # again: the rate that is missing is no hindrance
     with pytest.raises(UserError, match="no rate"):
         train.main([*grid[:-1], "4", "--lr", "10.1,0.1"])
+
+
+@pytest.mark.parametrize("method", ["company-cache", "masks"])
+def test_a_grid_clusters_once_and_trains_what_each_rate_alone_would(
+        method, arguments, finished, tmp_path, monkeypatch):
+    clustered = []
+    for head in (CompanyCacheHead, MaskedHead):
+        def counted(self, *rest, fit_clusters=head.fit_clusters):
+            clustered.append(self)
+            return fit_clusters(self, *rest)
+
+        monkeypatch.setattr(head, "fit_clusters", counted)
+    alone = tmp_path / "alone"
+    shutil.copytree(finished, alone)
+    train.main([*arguments, "--methods", method, "--lr", "1e-3,1e-2"])
+    assert len(clustered) == 1
+    for rate in ("0.01", "0.001"):
+        train.main([*arguments, "--methods", method, "--lr", rate, "--out", str(alone)])
+        made = alone / "adapters" / f"{method}-seed0.safetensors"
+        expected = read_tensors(made)[0]
+        found = read_tensors(finished / "grid" / f"joint-{method}-seed0-lr{rate}.safetensors")[0]
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        made.unlink()
 
 
 def test_what_is_unfinished_is_told_at_the_end(arguments, tmp_path, monkeypatch, capsys):
