@@ -1,0 +1,137 @@
+"""README's tables say what results/ holds, and results/ agrees with its losses per example."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import of_method, spread
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "results"
+FOLDERS = sorted(path.parent for path in RESULTS.rglob("results.json"))
+# README's names, where they are not those of results.json
+NAMES = {"frozen base": "frozen", "no head adapter": "frozen",
+         "told another cluster": "shuffled", "told its own history alone": "own prompt only",
+         "trained without company": "trained on own prompt only"}
+CONTROLS = {"another cluster": ", shuffled", "its own history alone": ", own prompt only",
+            "its cluster without its own article": ", other articles",
+            "its cluster without later rows of its article": ", no later rows",
+            "less the same head, trained on its own history": ", trained on own prompt only"}
+
+
+def entries_of(folder, trunk=None):
+    entries = json.loads((folder / "results.json").read_text(encoding="utf-8"))["entries"]
+    return [e for e in entries if trunk in (None, e["trunk"])]
+
+
+def tables(text, head):
+    """Rows of cells, of each table in markdown whose first cell is `head`."""
+    found, inside = [], False
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if not line.startswith("|"):
+            inside = False
+        elif inside:
+            found[-1].append(cells)
+        elif cells[0] == head:
+            found.append([cells])
+            inside = True
+    return [[rows[0], *rows[2:]] for rows in found]
+
+
+def name_of(cell):
+    first, _, rest = cell.replace("`", "").replace(" (one seed)", "").partition(", ")
+    return ", ".join(filter(None, (NAMES.get(first, first), NAMES.get(rest, rest))))
+
+
+def words(folder, second, nth):
+    """The word that ends each row of results.md's nth table whose second column is `second`, by
+    the method, or by the method and its control."""
+    text = (folder / "results.md").read_text(encoding="utf-8")
+    table = [t for t in tables(text, "method") if t[0][1] == second][nth]
+    return {row[0] if second == "seeds" else tuple(row[:2]): row[-1] for row in table[1:]}
+
+
+def test_the_folders_are_there():
+    assert {"wikitext2", "alpaca", "cpu", "wikitext2-medium"} <= {path.name for path in FOLDERS}
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if (f / "losses.npz").exists()],
+                         ids=lambda path: path.relative_to(RESULTS).as_posix())
+def test_results_agree_with_their_losses_per_example(folder):
+    losses, compared = np.load(folder / "losses.npz"), 0
+    for e in entries_of(folder):
+        for split in ("validation", "test"):
+            key = f"{e['trunk']}/{e['name']}/{e['seed']}/{split}"
+            if key in losses:
+                found, compared = e[split], compared + 1
+                assert losses[key].sum() / found["n_tokens"] == pytest.approx(found["loss"])
+    assert compared == len(losses.files) > 1
+
+
+@pytest.mark.parametrize("nth, trunk", [(0, "joint"), (1, "shared")])
+@pytest.mark.parametrize("dataset, column", [("wikitext2", 2), ("alpaca", 4)])
+def test_the_tables_of_methods(nth, trunk, dataset, column):
+    table = [t for t in tables(README, "method") if t[0][1] == "trained parameters"][nth]
+    folder, shown = RESULTS / dataset, set()
+    entries, word = entries_of(folder, trunk), words(folder, "seeds", nth)
+    for row in table[1:]:
+        name = name_of(row[0])
+        mine = of_method(entries, name)
+        loss = row[column].removesuffix(" (one seed)")
+        assert loss == (spread([e["test"]["loss"] for e in mine.values()], 4) if mine else "")
+        if mine:
+            assert row[1] == f"{next(iter(mine.values()))['parameters']:,}"
+            assert row[column + 1] == word[name]
+            shown.add(name)
+    left_out = {e["name"] for e in entries} - shown
+    assert all(", " in name for name in left_out)  # controls, which have a table of their own
+
+
+@pytest.mark.parametrize("dataset, column", [("wikitext2", 1), ("alpaca", 3)])
+def test_the_table_of_one_seed_on_two_cores(dataset, column):
+    table = next(t for t in tables(README, "method") if t[0][2] == "seeds")
+    entries = entries_of(RESULTS / dataset / "cpu")
+    for row in table[1:]:
+        mine = of_method(entries, name_of(row[0]))
+        assert row[column] == spread([e["test"]["loss"] for e in mine.values()], 4)
+        assert (row[column + 1] or "1") == str(len(mine))
+
+
+def test_the_table_of_what_company_is_worth():
+    table, = tables(README, "`company-cache` less itself, told")
+    columns = [("wikitext2", "joint"), ("wikitext2", "shared"), ("alpaca", "joint")]
+    for column, (dataset, trunk) in enumerate(columns, 1):
+        entries = entries_of(RESULTS / dataset, trunk)
+        word = words(RESULTS / dataset, "less its control", trunk == "shared")
+        own = of_method(entries, "company-cache")
+        for row in table[1:]:
+            told = of_method(entries, "company-cache" + CONTROLS[row[0]])
+            if not told:
+                assert row[column] == ""
+                continue
+            d = [own[seed]["test"]["loss"] - told[seed]["test"]["loss"] for seed in own]
+            said = word["company-cache", CONTROLS[row[0]].removeprefix(", ")]
+            assert row[column] == f"{np.mean(d):+.4f} {said}"
+
+
+def test_the_anatomy_is_the_committed_one():
+    table, = tables(README, "flaw")
+    made, = tables((RESULTS / "wikitext2" / "anatomy.md").read_text(encoding="utf-8"), "flaw")
+    assert table == made and len(table) > 5
+
+
+def test_every_mean_with_its_spread_is_one_of_results():
+    known = set()
+    for folder in FOLDERS:
+        entries = entries_of(folder)
+        for name, trunk in {(e["name"], e["trunk"]) for e in entries}:
+            mine = [e for e in entries if (e["name"], e["trunk"]) == (name, trunk)]
+            known |= {spread([e[split]["loss"] for e in mine], 4) for split in
+                      ("validation", "test")}
+    said = re.findall(r"[1-9]\.\d{4} ± \d\.\d{4}", README)
+    assert len(said) > 40 and set(said) <= known
