@@ -28,7 +28,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cluster import kmeans
-from files import UserError
 from hypernet import product_type, table
 from model import LMHead, Update, lora_factors
 
@@ -218,10 +217,8 @@ class CompanyCacheHead(CacheHead):
         place = (torch.arange(len(index))[:, None] * V + tokens)[mask]
         return torch.bincount(place, minlength=len(index) * V).view(-1, V)
 
-    def group(self, examples, k=None, generator=None):
+    def group(self, examples, k, generator):
         """Cluster (N,) by k-means on tf-idf vectors, each first drawn towards its neighbours."""
-        if k is None:
-            raise UserError("--inference assign: company-cache keeps no centroids; use fit")
         if k == 1:
             return torch.zeros(len(examples), dtype=torch.int64)
         features = table(len(examples), len(self.idf))

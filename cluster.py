@@ -181,7 +181,7 @@ def cluster_batches(cluster, batch_size, generator):
 
     cluster: (N,). Every example comes exactly once. A batch is filled from one cluster while the
     cluster lasts; what is left over at the clusters' ends is packed together, whole clusters side
-    by side, so that only the epoch's last batch is short. With all examples in one cluster these
+    by side, so that only one batch of the epoch is short. With all examples in one cluster these
     are plain shuffled batches.
     """
     N = len(cluster)

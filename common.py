@@ -230,8 +230,9 @@ def load_weights(model, tensors, path):
 def read_plan(path, kind):
     """Tensors of a checkpoint, and the plan that trained it; kind: "base" or "adapter"."""
     tensors, info = read_tensors(path)
-    plan = info.get("plan") or {}
-    if {"base": "config", "adapter": "base"}[kind] not in plan:
+    plan = info.get("plan")
+    wanted = {"base": "config", "adapter": "base"}[kind]
+    if not isinstance(plan, dict) or wanted not in plan:
         raise UserError(f"{path} holds no {kind}")
     return tensors, plan
 
@@ -368,7 +369,7 @@ def read_records(folder):
             records.append(json.loads(line))
         except ValueError:
             continue
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
 def open_corpus(dataset, data_dir, config):

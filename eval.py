@@ -55,8 +55,7 @@ def score_model(run, model, plan, args, n_bytes, control=None):
     """What an entry says of the splits and of latency, and the losses (N,) of each split."""
     keep_freed_memory()
     result, rows = {}, {}
-    asked = args.inference if model.lm_head.stores_clusters else None
-    inference = asked or plan.get("inference")
+    inference = args.inference or plan.get("inference")
     for split, examples in (run.shared if plan.get("trunk") else run.examples).items():
         with memory_advice("lower --batch-size"):
             company = held_out_company(run, model, examples, plan, inference, control)

@@ -84,7 +84,10 @@ def write_tensors(path, tensors, info=None):
     header = {"format": "pt"} if info is None else {
         "info": json.dumps({"version": FORMAT} | info)}
     with whole_file(path) as temporary:
-        save_file(flat, temporary, metadata=header)
+        try:
+            save_file(flat, temporary, metadata=header)
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"cannot write {path}: {error}") from None
 
 
 @contextmanager
@@ -106,6 +109,8 @@ def read_tensors(path, device="cpu"):
         if "info" not in header:
             raise UserError(f"{path} was not written by train.py: its header has no 'info'")
         info = json.loads(header["info"])
+        if not isinstance(info, dict):
+            raise UserError(f"{path} was not written by train.py: its 'info' is no object")
         version = info.pop("version", FORMAT)
         if version != FORMAT:
             raise UserError(f"{path} has format {version}, and this program reads {FORMAT}")

@@ -22,6 +22,7 @@ import torch
 from common import adapter_path, adapter_paths, label, load_adapter
 from data import END, RESPONSE, Examples, begin_within
 from files import UserError
+from flags import CONTROLS
 from model import generate, merge_lora
 from scoring import held_out_company
 
@@ -39,7 +40,7 @@ def adapt_to(run, model, plan, prompts, inference=None, n_clusters=None):
         prompts = rows_of(run, plan, prompts)
     if not head.needs_statistics:
         return {}, torch.zeros(len(prompts), dtype=torch.int64)
-    if len(prompts) == 1 and head.stores_clusters:
+    if len(prompts) == 1 and head.stores_clusters and not plan.get("told"):
         cluster, statistics = head.assigned(
             head.read(prompts.conditioned(plan), run.base.transformer.wte))
         which = torch.zeros_like(cluster)
@@ -47,7 +48,7 @@ def adapt_to(run, model, plan, prompts, inference=None, n_clusters=None):
         if n_clusters:
             plan = plan | {"cluster_size": len(prompts) / min(n_clusters, len(prompts))}
         company = held_out_company(
-            run, model, prompts, plan, inference or plan.get("inference"))
+            run, model, prompts, plan, inference or plan.get("inference"), plan.get("told"))
         statistics, which = company.told(torch.arange(len(prompts)))
         cluster = company.cluster
     return {"statistics": statistics.to(run.device), "cluster": which.to(run.device)}, cluster
@@ -78,7 +79,8 @@ def open_method(run, method, seed):
 
 
 def answers(run, args, method, prompts):
-    """New token ids of each prompt, and each prompt's cluster, None for a head that has none."""
+    """New token ids of each prompt, each prompt's cluster, None for a head that has none, and
+    whether one prompt's answer depends on the others'."""
     model, plan = open_method(run, method, args.seed)
     batches = [[prompt] for prompt in prompts] if args.assign else [prompts]
     told = [adapt_to(run, model, plan, batch, args.inference, args.clusters) for batch in batches]
@@ -87,11 +89,14 @@ def answers(run, args, method, prompts):
         found += decode(run, model, batch, args.max_new_tokens, temperature=args.temperature,
                         top_k=args.top_k, **requests,
                         generator=torch.Generator(run.device).manual_seed(args.seed))
-    if not model.lm_head.needs_statistics:
-        return found, None
-    if args.assign and not model.lm_head.stores_clusters:
-        return found, list(range(len(prompts)))
-    return found, torch.cat([cluster for _, cluster in told]).tolist()
+    head, cluster = model.lm_head, torch.cat([cluster for _, cluster in told]).tolist()
+    if args.assign and not head.stores_clusters:
+        cluster = list(range(len(prompts)))
+    together = len(prompts) > 1 and not args.assign
+    hears = head.clustered_batches and plan.get("told") != CONTROLS[0]
+    # A draw depends on the draws before it.
+    return (found, cluster if head.needs_statistics else None,
+            together and (hears or args.temperature > 0))
 
 
 def decode(run, model, prompts, max_new_tokens, **options):
@@ -144,12 +149,11 @@ def continue_prompts(run, config, args):
         if len(prompt) >= context:
             raise UserError(f"--prompts: {text[:40]!r}... has {len(prompt)} tokens and the model "
                             f"reads {context} at most, prompt and continuation; shorten it")
-    found, cluster = answers(run, args, args.method, prompts)
+    found, cluster, depends = answers(run, args, args.method, prompts)
     beside = {name: answers(run, args, method, prompts)[0]
               for name, method in (("static", "lora"), ("base_only", "frozen"))
               if getattr(args, name)}
     adapted, cluster = cluster is not None, cluster or [0] * len(texts)
-    together = not args.assign and len(texts) > 1
     text_of = run.tokenizer.decode
     shown = [{"prompt": text, "cluster": own, "continuation": text_of(new)}
              | {name: text_of(rows[i]) for name, rows in beside.items()}
@@ -161,8 +165,7 @@ def continue_prompts(run, config, args):
     if args.json:
         print(json.dumps({
             "method": args.method, "seed": args.seed, "clusters": groups if adapted else [],
-            # a draw depends on the draws before it
-            "depends_on_batch_mates": together and (adapted or args.temperature > 0),
+            "depends_on_batch_mates": depends,
             "answers": shown}, indent=2))
         return found
     for group in groups:
@@ -175,7 +178,7 @@ def continue_prompts(run, config, args):
             print(f"\n{entry['prompt']}[{entry['continuation']}]")
             for name in beside:
                 print(f"  {name.replace('_', ' ')}: [{entry[name]}]")
-    if adapted and together:
+    if adapted and depends:
         print("\nThese answers depend on each other's prompts; --assign gives some that do not.")
     return found
 

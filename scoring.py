@@ -246,13 +246,15 @@ class Company:
 def held_out_company(run, model, examples, plan, inference, control=None):
     """The `Company` of held-out examples; None for a head that is told nothing.
 
-    inference: "fit", k-means on the requests at hand, or "assign", the nearest training centroid.
+    inference: "fit", k-means on the requests at hand, or "assign", the nearest training centroid,
+    where the head keeps any.
     """
     head = model.lm_head
     if not head.needs_statistics:
         return None
     prompts = head.read(examples.conditioned(plan), run.base.transformer.wte)
-    k = max(1, round(len(examples) / plan.get("cluster_size", 1))) if inference == "fit" else None
+    assigned = inference == "assign" and head.stores_clusters
+    k = None if assigned else max(1, round(len(examples) / plan.get("cluster_size", 1)))
     generator = torch.Generator().manual_seed(plan["seed"])
 
     with run.autocast:

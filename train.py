@@ -358,7 +358,8 @@ def adapter_plan(run, args, method, seed, lr):
         plan["trunk"] = run.trunk
     if method == "lora-match":
         wanted = trained_parameters(run, adapter_plan(run, args, "chameleon", seed, lr))
-        rank = round(wanted / (trained_parameters(run, plan | {"method": "lora"}) / args.rank))
+        of_lora = trained_parameters(run, plan | {"method": "lora"})
+        rank = max(1, round(args.rank * wanted / of_lora))
         plan |= {"rank": rank, "alpha": args.alpha / args.rank * rank}
     if method not in TOLD_NOTHING:
         cache = method == "company-cache"
@@ -407,6 +408,9 @@ def choose_rate(run, args, method):
             outcomes[lr] = read_tensors(path)[1]["done"]["best"]
         except Diverged as error:
             print(error)
+            for left in (path, path.with_suffix(".state.safetensors")):
+                if run.rank == 0:  # or the same command would find it unfinished
+                    left.unlink(missing_ok=True)
     if not outcomes:
         raise UserError(f"{name}: no rate of --lr gave a number; lower them")
     best = min(outcomes, key=outcomes.get)

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 from itertools import chain, pairwise
@@ -619,6 +620,19 @@ def test_damaged_json_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     fails_in_one_line(lambda: read_json(tmp_path / "config.json"), "config.json", "is damaged")
     fails_in_one_line(lambda: read_json(tmp_path / "none.json"), "cannot read", "none.json")
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_what_was_there(tmp_path):
+    path = tmp_path / "base.safetensors"
+    write_tensors(path, {"w": torch.zeros(4)})
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # stands for a disk
+    try:
+        with pytest.raises(OSError, match="cannot write"):
+            write_tensors(path, {"w": torch.zeros(1 << 16)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_mistake_ends_with_status_2_and_one_line_on_stderr(capsys, monkeypatch):

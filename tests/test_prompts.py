@@ -31,11 +31,15 @@ def folder(tmp_path_factory, corpus):
         shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=24)
         patch.setitem(model.SIZES, "tiny", shape)
         patch.setattr(flags, "SIZES", (*flags.SIZES, "tiny"))
-        return train.main([
+        out = train.main([
             "--dataset", str(corpus), "--size", "tiny", "--vocab-size", "300", "--dtype", "float32",
             "--device", "cpu", "--base-epochs", "4", "--base-lr", "1e-2", "--lr", "2e-2",
             "--epochs", "2", "--evaluations", "1",
             "--out", str(tmp_path_factory.mktemp("runs") / "pydocs")])
+        more = ["--out", str(out), "--max-steps", "2", "--methods"]
+        train.main([*more, "per-sample"])
+        train.main([*more, "chameleon", "--told", "own prompt only"])
+        return out
 
 
 @pytest.fixture
@@ -89,6 +93,28 @@ def test_assigned_answers_do_not_depend_on_the_others_and_equal_those_alone(
     said = ask(TEXTS[1:2], *options)
     assert said["answers"][0]["continuation"] == expected[TEXTS[1]]
     assert not said["depends_on_batch_mates"]
+
+
+def test_heads_that_hear_nobody_say_so(ask):
+    for temperature, depends in (("0", False), ("1", True)):  # a draw depends on those before it
+        said = ask(TEXTS, "--method", "per-sample", "--temperature", temperature)
+        assert said["depends_on_batch_mates"] == depends and said["clusters"]
+
+
+def test_a_control_is_told_what_it_was_trained_on(folder):
+    name = "chameleon-own prompt only"
+    _, (together, _) = adapted(folder, name, TEXTS, n_clusters=1)
+    assert len(together["statistics"]) == len(TEXTS)
+    for i, text in enumerate(TEXTS):
+        _, (alone, _) = adapted(folder, name, [text])
+        told = together["statistics"][together["cluster"][i]]
+        assert torch.allclose(told, alone["statistics"][0])
+
+
+def test_a_head_without_centroids_is_fitted_where_others_are_assigned(ask):
+    given = [ask(TEXTS, "--method", "company-cache", *options)["answers"]
+             for options in ((), ("--inference", "assign"))]
+    assert given[0] == given[1]
 
 
 def test_otherwise_the_update_does_depend_on_batch_mates(folder):
