@@ -22,7 +22,6 @@ import torch
 from common import adapter_path, adapter_paths, label, load_adapter
 from data import END, RESPONSE, Examples, begin_within
 from files import UserError
-from flags import CONTROLS
 from model import generate, merge_lora
 from scoring import held_out_company
 
@@ -93,7 +92,7 @@ def answers(run, args, method, prompts):
     if args.assign and not head.stores_clusters:
         cluster = list(range(len(prompts)))
     together = len(prompts) > 1 and not args.assign
-    hears = head.clustered_batches and plan.get("told") != CONTROLS[0]
+    hears = head.clustered_batches and plan.get("told") not in ("own prompt only", "constant")
     # A draw depends on the draws before it.
     return (found, cluster if head.needs_statistics else None,
             together and (hears or args.temperature > 0))

@@ -408,8 +408,8 @@ def choose_rate(run, args, method):
             outcomes[lr] = read_tensors(path)[1]["done"]["best"]
         except Diverged as error:
             print(error)
-            for left in (path, path.with_suffix(".state.safetensors")):
-                if run.rank == 0:  # or the same command would find it unfinished
+            if run.rank == 0:  # or the same command would find it unfinished
+                for left in (path, path.with_suffix(".state.safetensors")):
                     left.unlink(missing_ok=True)
     if not outcomes:
         raise UserError(f"{name}: no rate of --lr gave a number; lower them")
