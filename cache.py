@@ -28,10 +28,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cluster import kmeans
-from hypernet import product_type, table
+from hypernet import product_type
 from model import LMHead, Update, lora_factors
 
 NEVER = 1 << 30  # when padding is produced
+WIDTH = 4096  # of the features that are clustered, whatever the vocabulary
 FASTER = 10  # AdamW moves all numbers alike, and the gates' have the longest way to go
 
 
@@ -221,10 +222,16 @@ class CompanyCacheHead(CacheHead):
         """Cluster (N,) by k-means on tf-idf vectors, each first drawn towards its neighbours."""
         if k == 1:
             return torch.zeros(len(examples), dtype=torch.int64)
-        features = table(len(examples), len(self.idf))
+        V = len(self.idf)
+        # Random signs keep the angles between sparse rows, nearly (Achlioptas 2003), in less room.
+        signs = torch.empty(V, WIDTH).bernoulli_(generator=generator) * 2 - 1 if V > WIDTH else None
+        features = torch.empty(len(examples), min(V, WIDTH))
         for rows in torch.arange(len(examples)).split(1024):
-            count = self.prompt_counts(examples, rows)
-            features[rows] = F.normalize(count.float().log1p() * self.idf.cpu(), dim=1)
+            tf_idf = self.prompt_counts(examples, rows).float().log1p() * self.idf.cpu()  # (B, V)
+            if signs is not None:
+                with torch.autocast("cpu", enabled=False):
+                    tf_idf = tf_idf.to_sparse() @ signs  # (B, V) @ (V, WIDTH)
+            features[rows] = F.normalize(tf_idf, dim=1)
         device = self.weight.device
         dtype = product_type(device)
         features = diffuse(features, device, dtype).to(device)
@@ -232,10 +239,10 @@ class CompanyCacheHead(CacheHead):
 
 
 def diffuse(features, device, dtype, neighbours=5, rounds=8):
-    """Features (N, V), of length 1, each replaced `rounds` times by the mean of its nearest.
+    """Features (N, W), of length 1, each replaced `rounds` times by the mean of its nearest.
 
     Short prompts of one article share few words; those that share some bring the others together.
-    The graph of neighbours is made once, by N^2 V multiply-adds on `device`.
+    The graph of neighbours is made once, by N^2 W multiply-adds on `device`.
     """
     low, m = features.to(device, dtype), min(neighbours + 1, len(features))
     near = [(rows @ low.T).float().topk(m, dim=1) for rows in low.split(512)]  # (n, N) -> (n, m)
@@ -245,5 +252,5 @@ def diffuse(features, device, dtype, neighbours=5, rounds=8):
                                     (len(low), len(low)), check_invariants=True)
     with torch.autocast("cpu", enabled=False):
         for _ in range(rounds):
-            features = F.normalize(graph @ features, dim=1)  # (N, N) @ (N, V)
+            features = F.normalize(graph @ features, dim=1)  # (N, N) @ (N, W)
     return features

@@ -249,8 +249,8 @@ def load_base(path, device, tokenizer):
 
 def label(plan):
     """What a training is called in logs, tables and figures; a leak is never left unsaid."""
-    name = plan["method"] + (f", trained on {plan['told']}" if plan.get("told") else "")
-    return name + (" (LEAKS: full scope)" if plan.get("stat_scope") == "full" else "")
+    name = plan["method"] + " (LEAKS: full scope)" * (plan.get("stat_scope") == "full")
+    return name + (f", trained on {plan['told']}" if plan.get("told") else "")
 
 
 def adapt(base, plan):

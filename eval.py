@@ -34,7 +34,7 @@ from common import (adapter_paths, choose_device, keep_freed_memory, label, load
                     memory_advice, open_corpus, open_run, read_records, share_trunk, wait)
 from data import Corpus, load_examples
 from model import HeadAlone, Update
-from prompts import continue_prompts, score_generations, strengths, text_metrics
+from prompts import continue_prompts, score_generations, telling_words, text_metrics
 from scoring import held_out_company, score, scored_bytes, summed
 
 
@@ -312,16 +312,6 @@ def draw_costs(entries, path):
         axes.xaxis.set_minor_formatter("")
 
 
-def typical_words(seen, members, tokenizer, n=3):
-    """Words that set a cluster's `members` apart; seen: the tokens of each example, a set."""
-    strength, inside = strengths(seen, members)
-    tokens = sorted(inside, key=lambda token: (-strength[token], token))
-    words = (tokenizer.decode([token]) for token in tokens if inside[token] > 1)
-    # Whole words of some length: pieces of words say little to a reader.
-    return [word.strip() for word in words
-            if len(word) > 3 and word[0] == " " and word[1:].isalpha()][:n]
-
-
 def draw_clusters(run, model, plan, inference, path, n_labels=7):
     """Validation prompts in the plane of most variance (PCA), coloured by cluster."""
     examples = run.examples["validation"]
@@ -335,7 +325,7 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
     sizes = np.bincount(cluster)
     largest = np.argsort(-sizes, kind="stable")[:n_labels]
     prompts = zip(*examples.prompts(range(len(examples)), plan["stat_scope"]), strict=True)
-    seen = [set(tokens[mask].tolist()) for tokens, mask in prompts]
+    texts = [run.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in prompts]
     labels = [f"{nth} principal component ({part:.0%} of variance)"
               for nth, part in zip(("first", "second"), share, strict=True)]
     with figure(path, *labels, (8, 5.5), None, title="members: typical words", fontsize=9,
@@ -346,7 +336,7 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
                          label=f"{len(sizes) - len(largest)} smaller clusters")
         for i, which in enumerate(largest):
             mine = cluster == which
-            words = " ".join(typical_words(seen, np.flatnonzero(mine), run.tokenizer))
+            words = " ".join(telling_words(texts, np.flatnonzero(mine), 3))
             axes.scatter(*plane[mine].T, s=22, color=COLOURS[i], marker=MARKERS[i], linewidths=0,
                          label=f"{sizes[which]}: {words}")
         axes.set_title(f"{label(plan)}: {len(examples):,} validation prompts in {len(sizes)} "

@@ -22,6 +22,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Settings that a run folder has once; a later call into the same folder must agree with them.
 ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "base_lr",
         "base_epochs", "base_batch_size", "dropout", "dtype")
+# Of these, what another run's base has decided; what GPT-2's files leave open are the first two.
+SCRATCH = ("dropout", "tokenizer", "size", "vocab_size", "base_lr", "base_epochs",
+           "base_batch_size")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -121,7 +124,8 @@ def train_parser():
         "the prompts', or (company-cache alone) also what continuations hold so far; full LEAKS "
         "the tokens to be predicted and shows how much (default: running where possible)")
     add("--condition", choices=CONDITIONS, default=CONDITIONS[1], help="what of an instruction's "
-        "prompt the statistics and the clusters see; the model always reads all of it")
+        "prompt the statistics and the clusters see (where it is blank the input stands for it); "
+        "the model always reads all of it")
     add("--told", choices=CONTROLS[:3], help="a control: train with the request's own statistic, "
         "with that of a wrong cluster, or with one that says nothing (lora, lora-match and cache "
         "are told nothing anyway)")
@@ -197,6 +201,12 @@ def parse_train(argv):
                                 f"another --out, or leave that flag out")
     elif args.resume:
         raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
+    if args.base != "scratch":
+        published = args.base in HUB_BASES or Path(args.base).is_dir()
+        for key in SCRATCH[2 * published :]:
+            if getattr(args, key) != parser.get_default(key):
+                raise UserError(f"--{key.replace('_', '-')} is for a base from scratch, and --base "
+                                f"{args.base} has its own; leave it out")
     for method in args.methods:
         why = None
         if args.stat_scope == "running" and method not in (*TOLD_NOTHING, "company-cache"):

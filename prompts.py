@@ -121,17 +121,11 @@ def read_prompts(name):
 def telling_words(texts, members, n=4):
     """Words that set the texts `members` apart from all `texts`; of equals, the longer ones."""
     words = [set(re.findall(r"[^\W\d_]{4,}", text.lower())) for text in texts]
-    strength, inside = strengths(words, members)
+    everywhere = Counter(word for own in words for word in own)
+    inside = Counter(word for i in members for word in words[i])
+    strength = {word: count * math.log(count * len(words) / (everywhere[word] * len(members)))
+                for word, count in inside.items()}
     return sorted(inside, key=lambda w: (strength[w], inside[w], len(w), w), reverse=True)[:n]
-
-
-def strengths(sets, members):
-    """How far an element of the sets `members` sets these apart from all of `sets`, and how many
-    of them have it; both by element."""
-    everywhere = Counter(element for own in sets for element in own)
-    inside = Counter(element for i in members for element in sets[i])
-    return {element: n * math.log(n / (everywhere[element] * len(members) / len(sets)))
-            for element, n in inside.items()}, inside
 
 
 def continue_prompts(run, config, args):

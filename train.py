@@ -531,6 +531,9 @@ def main(argv=None):
         raise UserError(f"--base {args.base} has a vocabulary of {config.vocab_size:,} and the "
                         f"gpt2 tokenizer one of {run.tokenizer.vocab_size:,}")
     config.vocab_size = run.tokenizer.vocab_size
+    if args.base != "scratch":  # config.json tells what the base has
+        args.tokenizer, args.vocab_size = run.tokenizer.spec["name"], config.vocab_size
+        args.dropout = config.dropout
     with run.first_goes_ahead():
         run.examples = load_examples(corpus, run.tokenizer, args.block_size, folder / "cache")
     for split, table in run.examples.items():

@@ -38,6 +38,13 @@ def corpus(tmp_path_factory):
     return folder
 
 
+def with_base(arguments, path):
+    """The same command line on a given base: without what only a base from scratch is asked."""
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    kept = {f: v for f, v in given.items() if f[2:].replace("-", "_") not in flags.SCRATCH}
+    return [part for item in (kept | {"--base": str(path)}).items() for part in item]
+
+
 @pytest.fixture
 def arguments(tiny_size, corpus, tmp_path):
     """Command line of a small run that trains all three methods in about a second."""

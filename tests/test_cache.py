@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import cache
 from cache import NEVER, CacheHead, CompanyCacheHead, diffuse
 from common import Run, adapt
 from data import IGNORE, Examples
@@ -183,15 +184,17 @@ def test_who_is_told_of_whom_under_each_control():
     assert all(i not in mates for i, mates in enumerate(groups))
 
 
-def test_topics_are_grouped():
+@pytest.mark.parametrize("words, width", [(4, 4096), (300, 128)])  # of a topic; 128: projected
+def test_topics_are_grouped(words, width, monkeypatch):
+    monkeypatch.setattr(cache, "WIDTH", width)
     draw, rows = np.random.default_rng(0), []
     for topic in draw.permutation(np.repeat(range(3), 10)):
-        rows.append(draw.integers(4 * topic, 4 * topic + 4, 12))
-    tokens, column = np.concatenate(rows), np.arange(30)
-    examples = Examples(tokens, 12 * column, np.full(30, 12), np.full(30, 8), column)
-    head = head_of()
+        rows.append(topic * words + draw.integers(words, size=12 * words))
+    tokens, column, n = np.concatenate(rows), np.arange(30), 12 * words
+    examples = Examples(tokens, n * column, np.full(30, n), np.full(30, 8 * words), column)
+    head = CompanyCacheHead(torch.zeros(3 * words, 8), 2, 4.0)
     cluster = head.fit_clusters(examples, 3, torch.Generator().manual_seed(0))
-    topic = torch.from_numpy(tokens[::12] // 4)
+    topic = torch.from_numpy(tokens[::n] // words)
     assert torch.equal(cluster[:, None] == cluster, topic[:, None] == topic)
 
 

@@ -17,7 +17,8 @@ import prompts
 import study
 import train
 from cache import CompanyCacheHead
-from common import load_adapter, open_corpus, open_run, share_trunk
+from common import label, load_adapter, open_corpus, open_run, share_trunk
+from conftest import with_base
 from data import Examples, Tokenizer, load_examples
 from files import UserError, read_tensors
 from flags import CONTROLS, METHODS
@@ -227,8 +228,11 @@ def test_the_next_call_into_a_folder_reuses_base_and_adapters(run):
 
 def test_a_base_of_another_run_is_taken_with_its_tokenizer(run, tmp_path):
     folder, arguments = run
-    train.main([*arguments, "--base", str(folder / "base.safetensors"), "--methods", "lora",
-                "--out", str(tmp_path / "second")])
+    base, second = folder / "base.safetensors", str(tmp_path / "second")
+    train.main([*with_base(arguments, base), "--methods", "lora", "--out", second])
+    train.main([*with_base(arguments, base), "--methods", "lora", "--out", second, "--seeds", "2"])
+    settings = json.loads((tmp_path / "second" / "config.json").read_text())["args"]
+    assert settings["dropout"] == 0.1  # the base's, as its file says
     for name in ("tokenizer.json", "base.safetensors"):
         assert (tmp_path / "second" / name).read_bytes() == (folder / name).read_bytes()
     assert eval.main([str(tmp_path / "second")])[0]["validation"] == eval.main([str(folder)])[0][
@@ -244,6 +248,12 @@ def test_an_adapter_of_another_base_is_refused(run, tmp_path):
         (other / "adapters" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(UserError, match="another base"):
         eval.main([str(other)])
+
+
+@pytest.mark.parametrize("scope", ["prompt", "full"])
+def test_a_table_pairs_a_control_with_its_method(scope):
+    plan = {"method": "chameleon", "stat_scope": scope}
+    assert label(plan | {"told": "shuffled"}) == f"{label(plan)}, trained on shuffled"
 
 
 def test_full_scope_says_that_it_leaks(arguments, tmp_path):

@@ -20,12 +20,13 @@ import scoring
 import train
 from baselines import MaskedHead
 from cache import CompanyCacheHead
+from common import Run, adapt, read_records
+from conftest import with_base
 from data import IGNORE, Examples
 from files import UserError, read_json, read_tensors, write_tensors
 from flags import METHODS
 from hypernet import ChameleonHead
 from model import GPT, GPTConfig, LMHead, LoRAHead
-from common import Run, adapt, read_records
 from scoring import held_out_company, linear_cross_entropy, losses, score
 from train import learning_rate, shuffled
 
@@ -419,7 +420,16 @@ def test_another_tokenizer_is_refused(arguments, finished):
 ])
 def test_what_is_no_base_is_refused(base, said, arguments, finished, tmp_path):
     with pytest.raises(UserError, match=said):
-        train.main([*arguments, "--base", str(finished / base), "--out", str(tmp_path / "new")])
+        train.main([*with_base(arguments, finished / base), "--out", str(tmp_path / "new")])
+
+
+@pytest.mark.parametrize("flag", [["--dropout", "0.1"], ["--tokenizer", "gpt2"],
+                                  ["--size", "small"], ["--vocab-size", "300"]])
+def test_what_another_runs_base_has_decided_is_not_asked_for_in_vain(flag, finished, tmp_path):
+    asked = ["--base", str(finished / "base.safetensors"), "--out", str(tmp_path / "new")]
+    with pytest.raises(UserError, match=f"{flag[0]} is for a base from scratch"):
+        train.main([*asked, *flag])
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_state(
