@@ -179,16 +179,18 @@ class CompanyCacheHead(CacheHead):
     """Static LoRA on the head, and the cache that the requests of a cluster share.
 
     rank (C + V) + 2 C + 5 parameters, and a buffer (V,), the inverse document frequencies that
-    weigh tokens for clustering.
+    weigh tokens for clustering. at_hand: how many requests are clustered together in training,
+    None for all. Many more than are served together bring nearer mates than there will be, and
+    the gate learns to trust them.
     """
 
     clustered_batches = True
     controls = ("own prompt only", "shuffled", "other articles", "no later rows")
 
-    def __init__(self, weight, rank, alpha, scope="running"):
+    def __init__(self, weight, rank, alpha, scope="running", at_hand=None):
         super().__init__(weight, scope)
         V, C = weight.shape
-        self.scale = alpha / rank
+        self.scale, self.at_hand = alpha / rank, at_hand
         self.lora_A, self.lora_B = lora_factors(C, V, rank, weight.device)
         # Of both memories; the mates' starts the lower.
         self.share = nn.Parameter(torch.tensor([-0.2, -0.4], device=weight.device))
@@ -209,7 +211,14 @@ class CompanyCacheHead(CacheHead):
         for rows in torch.arange(len(examples)).split(1024):
             documents += (self.prompt_counts(examples, rows) > 0).sum(dim=0)
         self.idf.copy_(torch.log((len(examples) + 1) / (documents + 1)))
-        return self.group(examples, k, generator)
+        N = len(examples)
+        parts = torch.arange(N).tensor_split(-(-N // (self.at_hand or N)) if k > 1 else 1)
+        found, n = [], 0
+        for rows in parts:
+            share = max(1, round(k * len(rows) / N))
+            found.append(n + self.group(examples, share, generator, rows))
+            n = int(found[-1].max()) + 1
+        return torch.cat(found)
 
     def prompt_counts(self, examples, index):
         """How often each token stands in each prompt of the rows `index` (B,): (B, V)."""
@@ -218,24 +227,27 @@ class CompanyCacheHead(CacheHead):
         place = (torch.arange(len(index))[:, None] * V + tokens)[mask]
         return torch.bincount(place, minlength=len(index) * V).view(-1, V)
 
-    def group(self, examples, k, generator):
-        """Cluster (N,) by k-means on tf-idf vectors, each first drawn towards its neighbours."""
+    def group(self, examples, k, generator, rows=None):
+        """Cluster (N,), of `rows` (N,) if given, by k-means on tf-idf vectors, each first drawn
+        towards its neighbours."""
+        rows = torch.arange(len(examples)) if rows is None else rows
         if k == 1:
-            return torch.zeros(len(examples), dtype=torch.int64)
+            return torch.zeros(len(rows), dtype=torch.int64)
         V = len(self.idf)
         # Random signs keep the angles between sparse rows, nearly (Achlioptas 2003), in less room.
         signs = torch.empty(V, WIDTH).bernoulli_(generator=generator) * 2 - 1 if V > WIDTH else None
-        features = torch.empty(len(examples), min(V, WIDTH))
-        for rows in torch.arange(len(examples)).split(1024):
-            tf_idf = self.prompt_counts(examples, rows).float().log1p() * self.idf.cpu()  # (B, V)
+        features = torch.empty(len(rows), min(V, WIDTH))
+        for part in torch.arange(len(rows)).split(1024):
+            count = self.prompt_counts(examples, rows[part])  # (B, V)
+            tf_idf = count.float().log1p() * self.idf.cpu()
             if signs is not None:
                 with torch.autocast("cpu", enabled=False):
                     tf_idf = tf_idf.to_sparse() @ signs  # (B, V) @ (V, WIDTH)
-            features[rows] = F.normalize(tf_idf, dim=1)
+            features[part] = F.normalize(tf_idf, dim=1)
         device = self.weight.device
         dtype = product_type(device)
         features = diffuse(features, device, dtype).to(device)
-        return kmeans(features, min(k, len(examples)), generator, dtype=dtype).cluster.cpu()
+        return kmeans(features, min(k, len(rows)), generator, dtype=dtype).cluster.cpu()
 
 
 def diffuse(features, device, dtype, neighbours=5, rounds=8):

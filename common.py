@@ -275,7 +275,7 @@ def make_head(weight, plan):
             head = ChameleonHead if method == "chameleon" else PerSampleHead
             return head(*factors, plan["head_form"], **told)
         case "company-cache":
-            return CompanyCacheHead(*factors, plan["stat_scope"])
+            return CompanyCacheHead(*factors, plan["stat_scope"], plan.get("at_hand"))
         case "scaled":
             return ScaledHead(*factors, **told)
         case "masks" | "masks-alone" | "library":

@@ -120,6 +120,9 @@ def train_parser():
         "writes: full A and B (the paper's), or light, whose size ignores the vocabulary")
     add("--cluster-size", type=COUNT, metavar="N", help="members of a cluster, on average "
         "(default: a batch; company-cache's 12)")
+    add("--at-hand", type=COUNT, metavar="N", help="training requests, one after the other in the "
+        "data, that company-cache clusters together: best as many as will be served together "
+        "(default: all)")
     add("--stat-scope", choices=("prompt", "running", "full"), help="tokens behind the statistics: "
         "the prompts', or (company-cache alone) also what continuations hold so far; full LEAKS "
         "the tokens to be predicted and shows how much (default: running where possible)")

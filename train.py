@@ -372,6 +372,8 @@ def adapter_plan(run, args, method, seed, lr):
                  "condition": CONDITIONS[0] if method == "task-embedding" else args.condition}
         if args.told:
             plan["told"] = args.told
+        if cache:
+            plan["at_hand"] = args.at_hand
         if alone or method == "chameleon":
             plan["head_form"] = args.head_form
     return plan

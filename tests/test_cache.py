@@ -198,6 +198,19 @@ def test_topics_are_grouped(words, width, monkeypatch):
     assert torch.equal(cluster[:, None] == cluster, topic[:, None] == topic)
 
 
+def test_training_requests_are_clustered_among_those_at_hand():
+    draw = np.random.default_rng(0)
+    tokens, column = draw.integers(12, size=12 * 50), np.arange(50)
+    examples = Examples(tokens, 12 * column, np.full(50, 12), np.full(50, 8), column)
+    head = CompanyCacheHead(torch.zeros(12, 8), 2, 4.0, at_hand=20)
+    cluster = head.fit_clusters(examples, 9, torch.Generator().manual_seed(0))
+    parts = cluster.tensor_split(3)  # as even as can be: 17, 17, 16
+    assert [len(part.unique()) for part in parts] == [3, 3, 3]
+    assert len(cluster.unique()) == int(cluster.max()) + 1 == 9
+    alone = head.group(examples, 3, torch.Generator().manual_seed(0), torch.arange(17))
+    assert torch.equal(parts[0], alone)
+
+
 def test_diffused_features_equal_a_slow_loop():
     features = torch.nn.functional.normalize(torch.rand(40, 6, dtype=torch.float64), dim=1)
     found = diffuse(features, "cpu", torch.float64, neighbours=3, rounds=2)
