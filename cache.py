@@ -180,8 +180,7 @@ class CompanyCacheHead(CacheHead):
 
     rank (C + V) + 2 C + 5 parameters, and a buffer (V,), the inverse document frequencies that
     weigh tokens for clustering. at_hand: how many requests are clustered together in training,
-    None for all. Many more than are served together bring nearer mates than there will be, and
-    the gate learns to trust them.
+    None for all, which brings nearer mates than fewer will have where they are served.
     """
 
     clustered_batches = True

@@ -22,9 +22,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Settings that a run folder has once; a later call into the same folder must agree with them.
 ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "base_lr",
         "base_epochs", "base_batch_size", "dropout", "dtype")
-# Of these, what another run's base has decided; what GPT-2's files leave open are the first two.
-SCRATCH = ("dropout", "tokenizer", "size", "vocab_size", "base_lr", "base_epochs",
-           "base_batch_size")
+# Of these, what is asked of a base from scratch alone; another run's base has its own of OF_A_RUN
+# too, which GPT-2's files leave open.
+SCRATCH = ("size", "vocab_size", "base_lr", "base_epochs", "base_batch_size")
+OF_A_RUN = ("dropout", "tokenizer")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -121,8 +122,8 @@ def train_parser():
     add("--cluster-size", type=COUNT, metavar="N", help="members of a cluster, on average "
         "(default: a batch; company-cache's 12)")
     add("--at-hand", type=COUNT, metavar="N", help="training requests, one after the other in the "
-        "data, that company-cache clusters together: best as many as will be served together "
-        "(default: all)")
+        "data, that company-cache clusters together; as many as will be served together have "
+        "mates as near as theirs (default: all)")
     add("--stat-scope", choices=("prompt", "running", "full"), help="tokens behind the statistics: "
         "the prompts', or (company-cache alone) also what continuations hold so far; full LEAKS "
         "the tokens to be predicted and shows how much (default: running where possible)")
@@ -206,7 +207,7 @@ def parse_train(argv):
         raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
     if args.base != "scratch":
         published = args.base in HUB_BASES or Path(args.base).is_dir()
-        for key in SCRATCH[2 * published :]:
+        for key in SCRATCH if published else SCRATCH + OF_A_RUN:
             if getattr(args, key) != parser.get_default(key):
                 raise UserError(f"--{key.replace('_', '-')} is for a base from scratch, and --base "
                                 f"{args.base} has its own; leave it out")

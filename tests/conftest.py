@@ -39,10 +39,11 @@ def corpus(tmp_path_factory):
 
 
 def with_base(arguments, path):
-    """The same command line on a given base: without what only a base from scratch is asked."""
-    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    kept = {f: v for f, v in given.items() if f[2:].replace("-", "_") not in flags.SCRATCH}
-    return [part for item in (kept | {"--base": str(path)}).items() for part in item]
+    """The same command line on another run's base, without what that base has decided."""
+    decided = [f"--{key.replace('_', '-')}" for key in flags.SCRATCH + flags.OF_A_RUN]
+    pairs = zip(arguments[::2], arguments[1::2], strict=True)
+    kept = [part for pair in pairs if pair[0] not in decided for part in pair]
+    return [*kept, "--base", str(path)]
 
 
 @pytest.fixture
