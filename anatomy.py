@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from common import adapter_path, load_adapter, read_records
+from common import adapter_path, load_adapter, n_trained, read_records
 from data import IGNORE, Examples
 from eval import COLOURS, figure, markdown, spread
 from files import UserError, write_json, write_text
@@ -119,10 +119,6 @@ def make_head(arm, flaws, weight, rank, alpha, n_clusters):
 
 def scope(flaws):
     return "full" if "statistics" in flaws else "prompt"
-
-
-def n_trained(head):
-    return sum(p.numel() for p in head.parameters() if p is not head.weight)
 
 
 class Laboratory:

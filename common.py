@@ -247,6 +247,10 @@ def load_base(path, device, tokenizer):
     return model.to(device).requires_grad_(False)
 
 
+def n_trained(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def label(plan):
     """What a training is called in logs, tables and figures; a leak is never left unsaid."""
     name = plan["method"] + " (LEAKS: full scope)" * (plan.get("stat_scope") == "full")

@@ -31,7 +31,8 @@ import torch
 from matplotlib.figure import Figure
 
 from common import (adapter_paths, choose_device, keep_freed_memory, label, load_adapter,
-                    memory_advice, open_corpus, open_run, read_records, share_trunk, wait)
+                    memory_advice, n_trained, open_corpus, open_run, read_records, share_trunk,
+                    wait)
 from data import Corpus, load_examples
 from model import HeadAlone, Update
 from prompts import continue_prompts, score_generations, telling_words, text_metrics
@@ -114,9 +115,8 @@ def score_run(run, args):
             losses[f"{trunk}/{name}/{seed}/{split}"] = nll
         print(f"{trunk}: {name}, seed {seed}: validation {found['validation']['loss']:.4f}, "
               f"test {found['test']['loss']:.4f}")
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         entries.append({"name": name, "trunk": trunk, "seed": seed, "lr": plan.get("lr"),
-                        "parameters": parameters, "bytes": path.stat().st_size if path else 0,
+                        "parameters": n_trained(model), "bytes": path.stat().st_size if path else 0,
                         "plan": plan, **found})
 
     frozen = {"joint": run.base}

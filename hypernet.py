@@ -47,14 +47,14 @@ class HyperNetwork(nn.Module):
     step on; its bias is `start` (n_out,), so that is what an untrained network writes.
     """
 
-    def __init__(self, n_in, start, hidden=(64, 32)):
+    def __init__(self, n_in, start):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(n_in, hidden[0]),
+            nn.Linear(n_in, 64),
             nn.ReLU(),
-            nn.Linear(hidden[0], hidden[1]),
+            nn.Linear(64, 32),
             nn.ReLU(),
-            nn.Linear(hidden[1], len(start)),
+            nn.Linear(32, len(start)),
         )
         nn.init.zeros_(self.layers[-1].weight)
         self.layers[-1].bias.data.copy_(start)

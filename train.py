@@ -46,7 +46,7 @@ from tqdm import tqdm
 from cluster import cluster_batches
 from common import (Run, adapt, adapter_path, choose_device, choose_dtype, join_processes,
                     keep_freed_memory, label, load_base, load_weights, matrix_rate, memory_advice,
-                    open_corpus, read_plan, read_records, share_trunk, wait, weights)
+                    n_trained, open_corpus, read_plan, read_records, share_trunk, wait, weights)
 from data import IGNORE, Tokenizer, load_examples
 from interop import find_gpt2, load_gpt2
 from model import GPT, SIZES, GPTConfig
@@ -357,8 +357,9 @@ def adapter_plan(run, args, method, seed, lr):
     if args.trunk == "shared":
         plan["trunk"] = run.trunk
     if method == "lora-match":
-        wanted = trained_parameters(run, adapter_plan(run, args, "chameleon", seed, lr))
-        of_lora = trained_parameters(run, plan | {"method": "lora"})
+        chameleon = adapter_plan(run, args, "chameleon", seed, lr)
+        wanted, of_lora = (n_trained(adapt(run.base, of))
+                           for of in (chameleon, plan | {"method": "lora"}))
         rank = max(1, round(args.rank * wanted / of_lora))
         plan |= {"rank": rank, "alpha": args.alpha / args.rank * rank}
     if method not in TOLD_NOTHING:
@@ -377,10 +378,6 @@ def adapter_plan(run, args, method, seed, lr):
         if alone or method == "chameleon":
             plan["head_form"] = args.head_form
     return plan
-
-
-def trained_parameters(run, plan):
-    return sum(p.numel() for p in adapt(run.base, plan).parameters() if p.requires_grad)
 
 
 def place_of(run, args, method, seed):

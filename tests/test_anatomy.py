@@ -13,8 +13,8 @@ from conftest import WORDS
 import anatomy
 import eval
 import train
-from anatomy import FLAWS, SCORING, CachedRows, Laboratory, make_head, n_trained, under
-from common import Run
+from anatomy import FLAWS, SCORING, CachedRows, Laboratory, make_head, under
+from common import Run, n_trained
 from data import IGNORE, Document, Tokenizer
 from files import UserError
 from model import GPT, GPTConfig

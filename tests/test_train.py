@@ -259,10 +259,16 @@ def contents(folder):
     return found
 
 
+def made_once(tmp_path_factory, name, arguments):
+    folder = tmp_path_factory.getbasetemp() / name
+    if not folder.exists():
+        train.main(run_of(arguments, folder))
+    return folder
+
+
 @pytest.fixture
-def uninterrupted(arguments, tmp_path):
-    train.main(run_of(arguments, tmp_path / "whole"))
-    return contents(tmp_path / "whole")
+def uninterrupted(arguments, tmp_path_factory):
+    return contents(made_once(tmp_path_factory, "whole", arguments))
 
 
 @pytest.mark.parametrize("state", range(1, 13))  # 3 of each of base, lora, chameleon, counts
@@ -354,9 +360,9 @@ def test_bad_arguments_are_told_in_one_line(flags, said, arguments, tmp_path):
 
 
 @pytest.fixture
-def finished(arguments, tmp_path):
-    train.main([*arguments, "--methods", "frozen,lora"] )
-    return tmp_path / "run"
+def finished(arguments, tmp_path, tmp_path_factory):
+    kept = made_once(tmp_path_factory, "finished", ["--methods", "frozen,lora", *arguments])
+    return shutil.copytree(kept, tmp_path / "run")
 
 
 @pytest.mark.parametrize("flags, said", [
