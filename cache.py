@@ -179,8 +179,8 @@ class CompanyCacheHead(CacheHead):
     """Static LoRA on the head, and the cache that the requests of a cluster share.
 
     rank (C + V) + 2 C + 5 parameters, and a buffer (V,), the inverse document frequencies that
-    weigh tokens for clustering. at_hand: how many requests are clustered together in training,
-    None for all, which brings nearer mates than fewer will have where they are served.
+    weigh tokens for clustering. at_hand: how many requests are clustered together in training
+    (None: all). Among more of them mates are nearer, so let it be as many as are served together.
     """
 
     clustered_batches = True

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from eval import of_method, spread
 
@@ -73,13 +74,13 @@ def test_results_agree_with_their_losses_per_example(folder):
     assert compared == len(losses.files) > 1
 
 
-@pytest.mark.parametrize("nth, trunk", [(0, "joint"), (1, "shared")])
-@pytest.mark.parametrize("dataset, column", [("wikitext2", 2), ("alpaca", 4)])
-def test_the_tables_of_methods(nth, trunk, dataset, column):
+@pytest.mark.parametrize("nth, trunk, place, column", [
+    (0, "joint", "wikitext2", 2), (0, "joint", "alpaca", 4),
+    (1, "shared", "wikitext2", 2), (1, "shared", "alpaca/100-steps", 4),
+])
+def test_the_tables_of_methods(nth, trunk, place, column):
     table = [t for t in tables(README, "method") if t[0][1] == "trained parameters"][nth]
-    folder, shown = RESULTS / dataset, set()
-    if (dataset, trunk) == ("alpaca", "shared"):  # the heads alone have a base of their own
-        folder /= "100-steps"
+    folder, shown = RESULTS / place, set()
     entries, word = entries_of(folder, trunk), words(folder, "seeds", nth)
     for row in table[1:]:
         name = name_of(row[0])
@@ -120,6 +121,32 @@ def test_the_table_of_what_company_is_worth():
             d = [own[seed]["test"]["loss"] - told[seed]["test"]["loss"] for seed in own]
             said = word["company-cache", CONTROLS[row[0]].removeprefix(", ")]
             assert row[column] == f"{np.mean(d):+.4f} {said}"
+
+
+@pytest.mark.parametrize("seeds, sentence", [
+    ((0, 1, 2), "it was open ({low} to {high})"),
+    ((5, 6, 7), "say {mean} again ({low} to {high})"),
+    (range(8), "make {mean} over 8 seeds ({low} to {high}, over records"),
+])
+def test_the_intervals_of_company_on_alpaca(seeds, sentence):
+    entries = entries_of(RESULTS / "alpaca" / "400-steps", "shared")
+    own, without = (of_method(entries, f"company-cache{told}")
+                    for told in ("", ", trained on own prompt only"))
+    d = [own[seed]["test"]["loss"] - without[seed]["test"]["loss"] for seed in seeds]
+    low, high = scipy.stats.t.interval(0.95, len(d) - 1, np.mean(d), scipy.stats.sem(d))
+    found = {"mean": np.mean(d), "low": low, "high": high}
+    said = sentence.format(**{name: f"{value:+.4f}" for name, value in found.items()})
+    assert said in " ".join(README.split())
+
+
+def test_how_many_rows_do_not_notice_a_wrong_cluster():
+    shares = []
+    for dataset in ("wikitext2", "alpaca"):
+        losses = np.load(RESULTS / dataset / "cpu" / "losses.npz")
+        shares += [(losses[f"joint/chameleon/{seed}/test"]
+                    == losses[f"joint/chameleon, shuffled/{seed}/test"]).mean()
+                   for seed in range(3)]
+    assert f"{100 * min(shares):.0f} to {max(shares):.0%} of the test rows" in README
 
 
 def test_the_anatomy_is_the_committed_one():
