@@ -130,7 +130,8 @@ def upcoming(run, plan, step, load, n_scored, cluster):
     """What each step from `step` on needs: its number of scored tokens, of tokens, and its batches.
 
     The batches are those of this process: number i of a step goes to process i modulo their
-    number. One that gets none computes the first, for nothing, as all have to take part.
+    number. One that gets none computes the first, for nothing, as all have to take part. Unless
+    clusters make the batches, a step's rows are dealt to them by length.
     """
     epoch, length = None, run.examples["train"].length
     while step < plan["steps"]:
@@ -139,9 +140,12 @@ def upcoming(run, plan, step, load, n_scored, cluster):
             epoch_batches = shuffled(len(length), plan["batch_size"], plan["seed"], epoch, cluster)
         first = step % plan["steps_per_epoch"] * plan["accumulate"]
         together = epoch_batches[first : first + plan["accumulate"]]
+        index = torch.cat(together)
+        if cluster is None and len(together) > 1:  # like lengths together: little padding
+            order = torch.from_numpy(length[index]).argsort(stable=True)
+            together = index[order].split(plan["batch_size"])
         mine = [(i, 1.0) for i in range(run.rank, len(together), run.world)] or [(0, 0.0)]
         loaded = [(i, share, load(together[i])) for i, share in mine]
-        index = torch.cat(together)
         yield int(n_scored[index].sum()), int(length[index].sum()), loaded
         step += 1
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,6 +51,29 @@ def test_batches_of_an_epoch_are_the_same_again_and_of_others_are_not():
                 for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
     assert as_lists[0] == as_lists[1]
     assert as_lists[0] != as_lists[2] != as_lists[3] != as_lists[0]
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=60), st.integers(1, 6), st.integers(1, 4))
+def test_a_step_has_the_rows_of_its_batches_with_like_lengths_together(lengths, size, accumulate):
+    length, N = np.array(lengths), len(lengths)
+    run = Run(Path(), torch.device("cpu"), examples={"train": SimpleNamespace(length=length)})
+    per_epoch = -(-N // (size * accumulate))
+    plan = {"steps": per_epoch, "steps_per_epoch": per_epoch, "accumulate": accumulate,
+            "batch_size": size, "seed": 0}
+    drawn = shuffled(N, size, 0, 0)
+    steps = list(train.upcoming(run, plan, 0, lambda index: index, length - 1, None))
+    assert len(steps) == per_epoch
+    for step, (n_scored, n_read, loaded) in enumerate(steps):
+        asked = drawn[step * accumulate : (step + 1) * accumulate]
+        found = [index.tolist() for _, _, index in loaded]
+        rows = sum(found, [])
+        assert sorted(rows) == sorted(torch.cat(asked).tolist())
+        assert len(found) == len(asked) and max(map(len, found)) <= size
+        assert n_read == sum(lengths[i] for i in rows) == n_scored + len(rows)
+        if len(asked) == 1:  # as drawn
+            assert rows == asked[0].tolist()
+        else:
+            assert [lengths[i] for i in rows] == sorted(lengths[i] for i in rows)
 
 
 def test_what_is_made_ahead_comes_in_order_and_so_does_a_mistake():
