@@ -30,7 +30,7 @@ from eval import COLOURS, figure, markdown, spread
 from files import UserError, write_json, write_text
 from hypernet import ChameleonHead
 from model import HeadAlone, LoRAHead
-from scoring import held_out_company, losses, score, summed
+from scoring import Company, held_out_company, losses, score, summed
 from train import learning_rate, shuffled
 
 FLAWS = {
@@ -145,21 +145,20 @@ class Laboratory:
         k, weight = -(-N // batch_size), run.base.transformer.wte.weight
         torch.manual_seed(seed)
         head = make_head(arm, flaws, weight, args["rank"], args["alpha"], k).to(run.device)
-        model, cluster, told = HeadAlone(run.base.config, head), None, ()
+        model, company, cluster = HeadAlone(run.base.config, head), None, None
         if head.needs_statistics:
             head.scope = scope(flaws)
             prompts = head.read(rows, run.base.transformer.wte)
             with run.autocast:
                 cluster = head.fit_clusters(prompts, k, torch.Generator().manual_seed(seed))
+            company = Company(head, prompts, cluster)
         parameters = [p for p in head.parameters() if p is not head.weight]
         optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
         batches = [b for e in range(EPOCHS) for b in shuffled(N, batch_size, seed, e, cluster)]
         for step, index in enumerate(batches):
             optimizer.param_groups[0]["lr"] = learning_rate(step, len(batches), lr)
             states, targets = rows.batch(index)
-            if cluster is not None:  # the statistic of this batch's members alone
-                which = cluster[index].unique(return_inverse=True)[1]
-                told = head.told(prompts, index, which, index, which)
+            told = company.among(index) if company else ()
             with run.autocast:
                 nll = losses(model, states, targets, *told)[0]
             (nll / (targets != IGNORE).sum()).backward()

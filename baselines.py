@@ -22,7 +22,7 @@ class PerSampleHead(ChameleonHead):
     instruction) it is "task-embedding", a hyper-network that reads a description of the task.
     """
 
-    clustered_batches = stores_clusters = False
+    clustered_batches = False
     controls = ("shuffled",)
 
     def fit_clusters(self, prompts, k, generator):
@@ -60,9 +60,9 @@ class MaskedHead(ClusteredHead):
     selector (M, C), at first the groups' centroids, compares the statistic to each, and a softmax
     of the cosines / `temperature` blends.
 
-    masks: "joint", changeable masks that are trained together with the selector, every example
+    kind: "masks", changeable masks that are trained together with the selector, every example
         with the blend that it will get at inference;
-    "individual": the same, but each mask is trained on its own group's examples alone, so that a
+    "masks-alone": the same, but each mask is trained on its own group's examples alone, so that a
         blend is first seen at inference;
     "library": the masks are fixed blocks, so that these are M separate LoRAs of rank `rank`, one
         for each group (as LoraHub, Huang et al. 2023, and LoraRetriever, Zhao et al. 2024),
@@ -75,20 +75,20 @@ class MaskedHead(ClusteredHead):
 
     M, temperature = 8, 0.1
 
-    def __init__(self, weight, rank, alpha, masks, n_clusters=1, scope="prompt"):
+    def __init__(self, weight, rank, alpha, kind, n_clusters=1, scope="prompt"):
         super().__init__(weight, n_clusters, scope)
         V, C = weight.shape
         self.M = min(self.M, n_clusters)
-        self.scale, self.kind, self.blend = alpha / rank, masks, masks != "library"
-        self.controls = ("blended",) if masks == "library" else ()
+        self.scale, self.kind, self.blend = alpha / rank, kind, kind != "library"
+        self.controls = ("blended",) if kind == "library" else ()
         self.lora_A, self.lora_B = lora_factors(C, V, self.M * rank, weight.device)
         block = torch.eye(self.M, device=weight.device).repeat_interleave(rank, dim=1)
         selector = torch.zeros(self.M, C, device=weight.device)
-        if masks == "library":
+        if kind == "library":
             self.register_buffer("masks", block)
         else:
             self.masks = nn.Parameter(torch.ones_like(block))
-        if masks == "joint":
+        if kind == "masks":
             self.selector = nn.Parameter(selector)
         else:
             self.register_buffer("selector", selector)
@@ -103,7 +103,7 @@ class MaskedHead(ClusteredHead):
         """Share (K, M) of each mask in the blend of each cluster."""
         s = F.normalize(statistics - self.center, dim=1)
         cosine = s @ F.normalize(self.selector, dim=1).T  # (K, C) @ (C, M) -> (K, M)
-        alone = not self.blend or (self.training and self.kind != "joint")
+        alone = not self.blend or (self.training and self.kind != "masks")
         if alone:
             return F.one_hot(cosine.argmax(dim=1), self.M).to(cosine)
         return (cosine / self.temperature).softmax(dim=1)
@@ -127,6 +127,6 @@ class PromptTuningHead(ClusteredHead):
         start = torch.randn(self.n * weight.shape[1]) * 0.02  # as large as a token's embedding
         self.hypernetwork = HyperNetwork(weight.shape[1], start).to(weight.device)
 
-    def soft_prompts(self, statistics):
+    def soft_prompts(self, statistics, cluster=None):
         out = self.hypernetwork(self.standardised(statistics))
-        return out.view(len(out), self.n, -1)  # (K, n C) -> (K, n, C)
+        return out.view(len(out), self.n, -1)[cluster]  # (K, n C) -> (B, n, C)

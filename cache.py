@@ -33,16 +33,15 @@ from model import LMHead, Update, lora_factors
 
 NEVER = 1 << 30  # when padding is produced
 WIDTH = 4096  # of the features that are clustered, whatever the vocabulary
-FASTER = 10  # AdamW moves all numbers alike, and the gates' have the longest way to go
+GATE_SCALE = 10  # AdamW moves all numbers alike, and the gates' have the longest way to go
 
 
 class Memory(NamedTuple):
-    """n tokens that are remembered at q positions; a token's share is exp(score - total)."""
+    """n tokens, remembered at q positions: weights exp(score + offset) beside the head's 1."""
 
     scores: torch.Tensor  # (q, n), -1e9 where a token is not known yet
     token: torch.Tensor  # (n,)
-    total: torch.Tensor  # (q,), the scores' logsumexp
-    gate: torch.Tensor  # (q,), logarithm of the memory's weight beside the head's, which is 1
+    offset: torch.Tensor  # (q,), the memory's gate less the scores' logsumexp
 
 
 class CacheHead(LMHead):
@@ -69,11 +68,11 @@ class CacheHead(LMHead):
         return torch.arange(len(examples))
 
     def told(self, examples, index, which, members, group):
-        """What `losses` is told of the rows `index` and those of `members` that are not among them:
+        """The rows `index`, then the `members` that are not among them, and what `losses` is told:
         of each position the token that follows, and its place in the continuation, negative in the
         prompt: (B, T, 2); and who knows what whom has said, (B, B). Everybody knows itself.
         """
-        rows = read_together(index, members)
+        rows = torch.cat([index, members[~torch.isin(members, index)].unique()])
         tokens, real = examples.rows(rows)
         prompt = torch.from_numpy(examples.prompt[rows.numpy(), None])
         place = (torch.arange(tokens.shape[1]) - prompt).masked_fill(~real, NEVER)  # (B, T + 1)
@@ -84,7 +83,7 @@ class CacheHead(LMHead):
         knows[: len(index), : len(index)] = torch.eye(len(index), dtype=torch.bool)
         who, whom = (which[:, None] == group).nonzero().unbind(1)
         knows[who, where[members[whom]]] = True
-        return statistics, knows
+        return rows, statistics, knows
 
     def decoding(self, tokens, pad, longest, stop, context):
         """As `told`, statistics (B, T, 2) of sequences (B, T) that are decoded in step: prompts
@@ -103,11 +102,12 @@ class CacheHead(LMHead):
 
     def memories(self, b, queries, hidden, statistics, knows):
         """What is remembered at the positions `queries` (q,) of row b, by itself and by its mates:
-        a `Memory` of each that has anything to remember."""
+        a `Memory` of each that has anything to remember; and the logarithm (q,) of the share that
+        they leave to the head."""
         near = knows[b].nonzero()[:, 0]
         h, now = hidden[b, queries], statistics[b, queries, 1, None]  # (q, C), (q, 1)
         q = (h.float() * (self.log_t.exp() / math.sqrt(h.shape[1]))).to(h.dtype)
-        found = []
+        found, gates = [], [torch.zeros(len(queries), device=hidden.device)]
         for memory, rows in enumerate((near[near == b], near[near != b])):
             token, place = statistics[rows].flatten(0, 1).unbind(1)  # (rows T,)
             if self.scope == "running":
@@ -121,9 +121,9 @@ class CacheHead(LMHead):
             scores = (q @ keys.T).float().where(known, -1e9)  # (q, C) @ (C, n) -> (q, n)
             total, n = scores.logsumexp(dim=1), known.sum(dim=1)
             match = (total - n.clamp(min=1).log()).where(n > 0, 0)
-            gate = self.gate(h, match, memory).float().where(n > 0, -1e9)
-            found.append(Memory(scores, token[ever], total, gate))
-        return found
+            gates.append(self.gate(h, match, memory).float().where(n > 0, -1e9))
+            found.append(Memory(scores, token[ever], gates[-1] - total))
+        return found, -torch.stack(gates).logsumexp(dim=0)
 
     def recall(self, hidden, statistics, knows, targets, wanted):
         """Of the targets (B, T), where `wanted` (B, T): the logarithm of what the memories add to
@@ -136,14 +136,12 @@ class CacheHead(LMHead):
         rows = []
         for b in range(len(hidden)):
             queries = wanted[b].nonzero()[:, 0]
-            memories = self.memories(b, queries, hidden, statistics, knows)
+            memories, log_share = self.memories(b, queries, hidden, statistics, knows)
             target = targets[b, queries, None]  # (q, 1)
-            odds = [zero[queries, 0] - 1e9]  # nothing to remember
-            for scores, token, total, gate in memories:
-                hits = scores.where(token == target, -1e9)  # (q, n)
-                odds.append(gate + hits.logsumexp(dim=1) - total)
-            odds = torch.stack(odds).logsumexp(dim=0)
-            found = torch.stack([odds, left_to_head(memories, odds)], dim=1)
+            log_extra = [torch.full_like(log_share, -1e9)]  # nothing to remember
+            for scores, token, offset in memories:
+                log_extra.append(offset + scores.where(token == target, -1e9).logsumexp(dim=1))
+            found = torch.stack([torch.stack(log_extra).logsumexp(dim=0), log_share], dim=1)
             rows.append(zero.index_add(0, queries, found))  # (q, 2) -> (T, 2)
         return torch.stack(rows).unbind(2)  # (B, T)
 
@@ -154,25 +152,13 @@ class CacheHead(LMHead):
         queries = torch.arange(first, hidden.shape[1], device=hidden.device)
         rows = []
         for b, own in enumerate(log_p):  # (q, V)
-            memories = self.memories(b, queries, hidden, statistics, knows)
-            rest = left_to_head(memories, own[:, 0])
-            p = (own + rest[:, None]).exp()
-            for scores, token, total, gate in memories:
-                p = p.index_add(1, token, (scores + (gate - total + rest)[:, None]).exp())  # (q, n)
+            memories, log_share = self.memories(b, queries, hidden, statistics, knows)
+            p = (own + log_share[:, None]).exp()
+            for scores, token, offset in memories:
+                share = (scores + (offset + log_share)[:, None]).exp()  # (q, n)
+                p = p.index_add(1, token, share)  # (q, n) -> (q, V)
             rows.append(p)
         return torch.stack(rows).log()
-
-
-def left_to_head(memories, like):
-    """Logarithm (q,) of the head's share beside the memories'; like (q,)."""
-    weights = [torch.zeros_like(like), *(memory.gate for memory in memories)]
-    return -torch.stack(weights).logsumexp(dim=0)
-
-
-def read_together(index, members):
-    """Rows `index` (B,), then the `members` that are not among them, each once."""
-    others = members[~torch.isin(members, index)].unique()
-    return torch.cat([index, others])
 
 
 class CompanyCacheHead(CacheHead):
@@ -202,7 +188,7 @@ class CompanyCacheHead(CacheHead):
 
     def gate(self, hidden, match, memory):
         gate = hidden @ self.share_of[memory].to(hidden.dtype)  # (q, C) @ (C,) -> (q,)
-        return gate + FASTER * (self.share[memory] + self.trust[memory] * match)
+        return gate + GATE_SCALE * (self.share[memory] + self.trust[memory] * match)
 
     def fit_clusters(self, examples, k, generator):
         """Cluster (N,) of the training examples; measures document frequencies on the way."""

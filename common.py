@@ -244,7 +244,7 @@ def load_base(path, device, tokenizer):
         raise UserError(f"{path} was trained with another tokenizer than the one beside it")
     model = GPT(GPTConfig(**plan["config"]))
     load_weights(model, tensors, path)
-    return model.to(device).requires_grad_(False)
+    return model.to(device).requires_grad_(False).eval()
 
 
 def n_trained(model):
@@ -283,8 +283,7 @@ def make_head(weight, plan):
         case "scaled":
             return ScaledHead(*factors, **told)
         case "masks" | "masks-alone" | "library":
-            kinds = {"masks": "joint", "masks-alone": "individual", "library": "library"}
-            return MaskedHead(*factors, kinds[method], **told)
+            return MaskedHead(*factors, method, **told)
         case "prompt-tuning":
             return PromptTuningHead(weight, **told)
         case "cache":

@@ -130,7 +130,7 @@ def read_sections(paths, root):
 
 def read_records(path):
     """Records of a .jsonl file or a .json array: {instruction, output[, input]} or {text}."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         for number, line in enumerate(read_lines(path), 1):
             if line.strip():
                 where = f"{path}, line {number}"

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from files import UserError, run_cli, whole_file, write_json, write_text
-from flags import CONTROLS, eval_parser
+from flags import CONTROLS, OF_ARTICLES, eval_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
     run_cli(eval_parser().parse_args)
@@ -52,21 +52,6 @@ TITLES = {"joint": "Trained jointly with LoRA in the transformer",
 # ------------------------------------------------------------------------------------- scoring
 
 
-def score_model(run, model, plan, args, n_bytes, control=None):
-    """What an entry says of the splits and of latency, and the losses (N,) of each split."""
-    keep_freed_memory()
-    result, rows = {}, {}
-    inference = args.inference or plan.get("inference")
-    for split, examples in (run.shared if plan.get("trunk") else run.examples).items():
-        with memory_advice("lower --batch-size"):
-            company = held_out_company(run, model, examples, plan, inference, control)
-            rows[split], counts = score(run, model, examples, args.batch_size, company)
-        result[split] = found = summed(rows[split], counts)
-        found["perplexity"] = math.exp(found["loss"])
-        found["bits_per_byte"] = found["nll_sum"] / math.log(2) / n_bytes[split]
-    return result | {"latency": latency(run, model, company)}, rows
-
-
 @torch.no_grad()
 def latency(run, model, company, batch_size=32):
     """Seconds that the head takes for the next token of each of 32 requests, by their number.
@@ -76,9 +61,8 @@ def latency(run, model, company, batch_size=32):
     head, statistics, which, length = model.lm_head, None, None, 1
     if company is not None:
         index = company.cluster.argsort(stable=True)[:batch_size]  # whole clusters, but the last
-        group = company.cluster[index].unique(return_inverse=True)[1]
-        told = head.told(company.prompts, index, group, index, group)
-        batch_size, (statistics, which) = len(index), (t.to(run.device) for t in told)
+        statistics, which = (t.to(run.device) for t in company.among(index))
+        batch_size = len(index)
     updates, rest = head.updates(statistics), ()
     if head.reads_company:
         length = statistics.shape[1]
@@ -110,9 +94,17 @@ def score_run(run, args):
             name += f", {control}"
         if control == "blended":
             model.lm_head.blend = True
-        found, rows = score_model(run, model, plan, args, n_bytes, control)
-        for split, nll in rows.items():
+        keep_freed_memory()
+        inference, found = args.inference or plan.get("inference"), {}
+        for split, examples in (run.shared if plan.get("trunk") else run.examples).items():
+            with memory_advice("lower --batch-size"):
+                company = held_out_company(run, model, examples, plan, inference, control)
+                nll, counts = score(run, model, examples, args.batch_size, company)
             losses[f"{trunk}/{name}/{seed}/{split}"] = nll
+            found[split] = result = summed(nll, counts)
+            result["perplexity"] = math.exp(result["loss"])
+            result["bits_per_byte"] = result["nll_sum"] / math.log(2) / n_bytes[split]
+        found["latency"] = latency(run, model, company)
         print(f"{trunk}: {name}, seed {seed}: validation {found['validation']['loss']:.4f}, "
               f"test {found['test']['loss']:.4f}")
         entries.append({"name": name, "trunk": trunk, "seed": seed, "lr": plan.get("lr"),
@@ -128,7 +120,7 @@ def score_run(run, args):
             model, plan = load_adapter(run, path)
             controls = () if plan.get("told") else model.lm_head.controls
             for control in (plan.get("told"), *controls):
-                if control not in CONTROLS[3:] or not args.instructions:  # each is an article
+                if control not in OF_ARTICLES or not args.instructions:  # each is an article
                     add(model, plan, control, path)
     return entries, losses
 
@@ -153,7 +145,7 @@ def of_method(entries, name):
     return {entry["seed"]: entry for entry in entries if entry["name"] == name}
 
 
-def difference(mine, theirs, losses, examples, split="test"):
+def difference(mine, theirs, losses, examples):
     """Loss of `mine` less that of `theirs`, entries by seed: mean, and two 95% intervals.
 
     The first is Student's over paired seeds, for what training leaves to chance; the second is a
@@ -166,11 +158,11 @@ def difference(mine, theirs, losses, examples, split="test"):
     pairs = [(mine[seed], theirs[seed]) for seed in theirs if seed in mine]
     if len(pairs) < 2:
         return None
-    d = np.array([a[split]["loss"] - b[split]["loss"] for a, b in pairs])
+    d = np.array([a["test"]["loss"] - b["test"]["loss"] for a, b in pairs])
     half = T95[min(len(d) - 1, 9)] * d.std(ddof=1) / math.sqrt(len(d))
 
     def rows(entry):
-        return losses[f"{entry['trunk']}/{entry['name']}/{entry['seed']}/{split}"]
+        return losses[f"{entry['trunk']}/{entry['name']}/{entry['seed']}/test"]
 
     nll = np.mean([rows(a) - rows(b) for a, b in pairs], axis=0)  # (N,)
     article = np.unique(examples.article, return_inverse=True)[1]
@@ -316,7 +308,7 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
     """Validation prompts in the plane of most variance (PCA), coloured by cluster."""
     examples = run.examples["validation"]
     company = held_out_company(run, model, examples, plan, inference)
-    features = company.prompts.features(model.lm_head.center.cpu())
+    features = model.lm_head.features(company.prompts).cpu()
     cluster = company.cluster.numpy()
     centred = features - features.mean(dim=0)
     _, scales, directions = torch.linalg.svd(centred, full_matrices=False)
@@ -346,10 +338,6 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
 def main(argv=None):
     """Score the run, or continue prompts; returns the entries of results.json, or token ids."""
     args = eval_parser().parse_args(argv)
-    asked = [f"--{name}" for name in ("prompts", "sweep", "anatomy", "on")
-             if getattr(args, name) not in (None, False)]
-    if len(asked) > 1:
-        raise UserError(f"{asked[0]} and {asked[1]} are questions of their own; leave one out")
     if args.methods and not args.sweep:
         raise UserError("--methods goes with --sweep; without it all adapters are scored")
     keep_freed_memory()

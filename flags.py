@@ -6,14 +6,16 @@ from pathlib import Path
 
 from files import UserError, read_json
 
-SIZES = ("nano", "small", "medium", "gpt2")  # model.py has their shapes
+SIZES = ("pico", "nano", "small", "medium", "gpt2")  # model.py has their shapes
 METHODS = ("frozen", "lora", "lora-match", "chameleon", "company-cache", "per-sample",
            "task-embedding", "scaled", "masks", "masks-alone", "library", "prompt-tuning",
            "cache")
 DEFAULT_METHODS = "frozen,lora,chameleon,company-cache"
 TOLD_NOTHING = ("frozen", "lora", "lora-match", "cache")  # of a cluster
-# In a cluster's place:
-CONTROLS = ("own prompt only", "shuffled", "constant", "other articles", "no later rows")
+ALONE = "own prompt only"
+TRAINABLE = (ALONE, "shuffled", "constant")  # controls: what a head is told in a cluster's place
+OF_ARTICLES = ("other articles", "no later rows")
+CONTROLS = TRAINABLE + OF_ARTICLES
 HUB_BASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of openai-community on the Hub
 CONDITIONS = ("instruction", "instruction+input")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -93,8 +95,8 @@ def train_parser():
     add("--base", default="scratch", help=f"scratch; OpenAI's {', '.join(HUB_BASES)}, kept in "
         "--data-dir; a folder with a GPT-2's config.json and model.safetensors (both with "
         "--tokenizer gpt2; a small --block-size saves memory); or another run's base.safetensors")
-    add("--size", choices=SIZES, help="of a base from scratch: nano 2.6M parameters, small 12M, "
-        "medium 27M, gpt2 124M; time grows in proportion (default: nano, on CUDA small)")
+    add("--size", choices=SIZES, help="of a base from scratch: pico 0.26M parameters, nano 2.6M, "
+        "small 12M, medium 27M, gpt2 124M; time grows in proportion (default: nano, on CUDA small)")
     add("--block-size", type=number(int, 4), metavar="T", help="tokens in a row: memory and time "
         "of a step grow in proportion, attention's with its square (default: by size, nano 256)")
     add("--tokenizer", choices=("bpe", "gpt2"), default="bpe", help="bpe learns from training text")
@@ -130,7 +132,7 @@ def train_parser():
     add("--condition", choices=CONDITIONS, default=CONDITIONS[1], help="what of an instruction's "
         "prompt the statistics and the clusters see (where it is blank the input stands for it); "
         "the model always reads all of it")
-    add("--told", choices=CONTROLS[:3], help="a control: train with the request's own statistic, "
+    add("--told", choices=TRAINABLE, help="a control: train with the request's own statistic, "
         "with that of a wrong cluster, or with one that says nothing (lora, lora-match and cache "
         "are told nothing anyway)")
     add("--inference", choices=("fit", "assign"), default="fit", help="cluster held-out requests "
@@ -156,16 +158,17 @@ def eval_parser():
     add("--data-dir", help="where the data set lies (default: as in training)")
     add("--device", default="auto", choices=DEVICES, help="where to score")
     add("--dtype", choices=DTYPES, help="of matrix products (default: as in training)")
-    add("--anatomy", action="store_true", help="train and score a pair of heads under each flaw of "
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--anatomy", action="store_true", help="train and score a pair of heads under each flaw of "
         "the published code, instead: some minutes on a CPU")
-    add("--on", metavar="DATA", help="score on another data set instead, --dataset's names or a "
+    one("--on", metavar="DATA", help="score on another data set instead, --dataset's names or a "
         "path: clusters are made of the requests at hand there; writes RUN/on-DATA/")
-    add("--sweep", choices=("clusters", "cluster-size", "noise"), help="instead, vary the company "
+    one("--sweep", choices=("clusters", "cluster-size", "noise"), help="instead, vary the company "
         "that requests keep (study.py), of heads on a shared trunk if there are any")
     add("--methods", type=methods, metavar="M,M", help="with --sweep: of these alone")
     add("--generations", type=COUNT, metavar="N", help="also continue N test "
         "instructions, greedily, and compare with their responses (needs sacrebleu, rouge-score)")
-    add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead (- is "
+    one("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line, instead (- is "
         "standard input); an answer depends on the other prompts in it")
     add = parser.add_argument_group("with --prompts").add_argument
     add("--assign", action="store_true", help="answer each prompt as if it were alone, by the "

@@ -24,19 +24,15 @@ from cluster import assign, kmeans
 from model import LMHead, Update, lora_factors
 
 
-def batch_statistics(embeddings, mask, cluster):
-    """Mean embedding of each cluster's tokens.
+def batch_statistics(mean, count, cluster):
+    """Mean embedding (K, C) of each cluster's tokens, from each request's (B, C) and its length.
 
-    embeddings (B, T, C); mask (B, T), the tokens that count, or how often each does; cluster (B,)
-    with values from 0 to K - 1 -> (K, C). Clusters of long requests and short ones weigh every
-    token alike. A cluster without a token gets zeros.
+    count (B,); cluster (B,) from 0 to K - 1. Every token weighs alike, in a long request as in a
+    short one. A cluster without a token gets zeros.
     """
-    weight = mask.to(embeddings.dtype)
     K = int(cluster.max()) + 1
-    rows = torch.einsum("btc,bt->bc", embeddings, weight)  # (B, T, C), (B, T) -> (B, C)
-    total = rows.new_zeros(K, rows.shape[1]).index_add_(0, cluster, rows)  # (K, C)
-    count = weight.new_zeros(K).index_add_(0, cluster, weight.sum(dim=1))  # (K,)
-    return total / count.clamp(min=1)[:, None]
+    total = mean.new_zeros(K, mean.shape[1]).index_add_(0, cluster, mean * count[:, None])  # (K, C)
+    return total / count.new_zeros(K).index_add_(0, cluster, count).clamp(min=1)[:, None]
 
 
 class HyperNetwork(nn.Module):
@@ -70,7 +66,7 @@ class ClusteredHead(LMHead):
     clusters; all three are measured on the training prompts and kept with the weights.
     """
 
-    needs_statistics = clustered_batches = stores_clusters = True
+    needs_statistics = clustered_batches = True
 
     def __init__(self, weight, n_clusters=1, scope="prompt"):
         super().__init__(weight)
@@ -89,7 +85,11 @@ class ClusteredHead(LMHead):
         return self.nearest(prompts)
 
     def features(self, prompts):
-        return prompts.features(self.center.cpu()).to(self.weight.device)
+        """What k-means clusters: mean embeddings, less the corpus's, on the unit sphere (N, C)."""
+        features, center = table(*prompts.mean.shape), self.center.cpu()
+        for rows in torch.arange(len(features)).split(1 << 14):
+            features[rows] = F.normalize(prompts.mean[rows] - center, dim=1)
+        return features.to(self.weight.device)
 
     def kmeans(self, prompts, k, generator):
         return kmeans(self.features(prompts), k, generator, dtype=product_type(self.weight.device))
@@ -119,13 +119,12 @@ class ClusteredHead(LMHead):
         return cluster, self.center + self.spread.norm() * self.centroids[cluster]
 
     def told(self, prompts, index, which, members, group):
-        """What `losses` is told of the rows `index`: statistics (K, C), cluster (B,).
-
-        which (B,) names each row's cluster, group (M,) that of each of the `members` (M,).
+        """The rows `index` to read, and what `losses` is told of them: statistics (K, C), cluster
+        (B,). which (B,) names each row's cluster, group (M,) that of each of the `members` (M,).
         """
         if not len(members):
-            return self.center.cpu().repeat(int(which.max()) + 1, 1), which
-        return prompts.statistics(group, members), which
+            return index, self.center.cpu().repeat(int(which.max()) + 1, 1), which
+        return index, batch_statistics(prompts.mean[members], prompts.count[members], group), which
 
     def standardised(self, statistics):
         return (statistics - self.center) / self.spread.clamp(min=1e-6)  # (K, C)
@@ -151,7 +150,6 @@ class ChameleonHead(ClusteredHead):
             raise ValueError(f"form must be full or light, not {form}")
         self.rank, self.scale, self.form = rank, alpha / rank, form
         self.n_out = V if form == "full" else C  # rows of the second factor
-        # Start as LoRA does: A random and B zero, whatever the statistic.
         A, _ = lora_factors(C, self.n_out, rank)
         start = torch.cat([A.detach().flatten(), torch.zeros(rank * self.n_out)])
         self.hypernetwork = HyperNetwork(C, start).to(weight.device)
@@ -174,11 +172,11 @@ class Prompts:
     """
 
     @torch.no_grad()
-    def __init__(self, examples, embedding, scope="prompt", chunk=1024):
+    def __init__(self, examples, embedding, scope="prompt"):
         weight = embedding.weight.detach()
         self.mean = table(len(examples), weight.shape[1])
         self.count = torch.empty(len(examples))
-        for rows in torch.arange(len(examples)).split(chunk):
+        for rows in torch.arange(len(examples)).split(1024):
             tokens, mask = examples.prompts(rows, scope)
             self.count[rows] = mask.sum(dim=1).float()
             # Sums of embeddings, without a (B, P, C) of them: (B, P) -> (B, C).
@@ -187,25 +185,11 @@ class Prompts:
                 per_sample_weights=mask.to(weight.device, weight.dtype))
             self.mean[rows] = total.float().cpu() / self.count[rows, None]
 
-    def features(self, center):
-        """What k-means clusters: mean embeddings, less the corpus's, on the unit sphere (N, C)."""
-        features = table(*self.mean.shape)
-        for rows in torch.arange(len(self.mean)).split(1 << 14):
-            features[rows] = F.normalize(self.mean[rows] - center, dim=1)
-        return features
 
-    def statistics(self, cluster, index=slice(None)):
-        """Statistics (K, C) of clusters made of all examples, or of those in `index` (B,)."""
-        mean, count = self.mean[index], self.count[index]
-        # Each row counts as one token that stands there `count` times: (B, 1, C) and (B, 1).
-        return batch_statistics(mean[:, None], count[:, None], cluster)
-
-
-def product_type(device):
-    """Autocast's type if it is on, else float32: what k-means makes its products in."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return torch.float32
+def product_type(device, default=torch.float32):
+    """What products are made in: autocast's type if it is on, else `default`."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else default
 
 
 def table(n_rows, n_columns):

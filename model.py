@@ -37,6 +37,7 @@ class GPTConfig:
 
 # The vocabulary comes from the tokenizer. "gpt2" is the published 124M model.
 SIZES = {
+    "pico": dict(n_layer=2, n_head=3, n_embd=48, block_size=256),
     "nano": dict(n_layer=4, n_head=3, n_embd=192, block_size=256),
     "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=512),
     "medium": dict(n_layer=8, n_head=8, n_embd=512, block_size=256),
@@ -143,15 +144,15 @@ class LMHead(nn.Module):
     may be made from statistics of the clusters.
     """
 
-    needs_statistics = clustered_batches = reads_company = stores_clusters = False
+    needs_statistics = clustered_batches = reads_company = False
     controls = ()  # what eval.py may tell it in place of its cluster, see `Company`
 
     def __init__(self, weight):
         super().__init__()
         self.weight = weight  # (V, C), the token embedding itself
 
-    def soft_prompts(self, statistics=None):
-        """Vectors (K, n, C) that the transformer reads before each cluster's tokens, or None."""
+    def soft_prompts(self, statistics=None, cluster=None):
+        """Vectors (B, n, C) that the transformer reads before each sequence's tokens, or None."""
         return None
 
     def updates(self, statistics=None):
@@ -248,14 +249,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens, statistics=None, cluster=None):
         """Logits (B, T, V) of token ids (B, T); statistics (K, C) and cluster (B,) adapt them."""
-        hidden = self.hidden(tokens, soft=soft_prompts(self.lm_head, statistics, cluster))
+        hidden = self.hidden(tokens, soft=self.lm_head.soft_prompts(statistics, cluster))
         return self.lm_head(hidden, self.lm_head.updates(statistics), cluster, statistics)
-
-
-def soft_prompts(head, statistics, cluster):
-    """Each sequence's soft prompt vectors (B, n, C), for heads that write some, else None."""
-    soft = head.soft_prompts(statistics)
-    return soft if soft is None else soft[cluster]
 
 
 class HeadAlone(nn.Module):
@@ -319,16 +314,12 @@ def add_lora(model, rank, alpha):
     The LM head and the embeddings stay as they are. Raises ValueError if no layer matches.
     """
     model.requires_grad_(False)
-    found = [
-        (parent, name, child)
-        for parent in model.transformer.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear)
-    ]
+    body = model.transformer
+    found = [(name, m) for name, m in body.named_modules() if isinstance(m, nn.Linear)]
     if not found:
         raise ValueError("add_lora found no linear layer (has the model LoRA already?)")
-    for parent, name, linear in found:
-        setattr(parent, name, LoRALinear(linear, rank, alpha))
+    for name, linear in found:
+        body.set_submodule(name, LoRALinear(linear, rank, alpha))
     return model
 
 
@@ -397,7 +388,7 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
     masked = pad if shortest < longest else None  # without padding there is nothing to mask
     tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    soft = soft_prompts(model.lm_head, statistics, cluster)
+    soft = model.lm_head.soft_prompts(statistics, cluster)
     use_cache = use_cache and soft is None
     room = min(longest + max_new_tokens, context + longest - shortest)
     cache = [KVCache(room) for _ in model.transformer.h] if use_cache else None

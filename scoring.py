@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from cache import read_together
 from data import IGNORE
-from model import soft_prompts
+from hypernet import product_type
 
 LOGITS_BYTES = 1 << 26  # float32 logits that exist at one time; more tokens are taken in turns
 
@@ -27,17 +26,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, counts, odds, *updates):
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
+    def forward(ctx, hidden, weight, targets, counts, log_extra, *updates):
+        dtype = product_type(hidden.device, hidden.dtype)
         exact = torch.promote_types(dtype, torch.float32)  # of the softmax, and of sums
         h, W, *updates = (t.to(dtype) for t in (hidden, weight, *updates))
         losses = torch.empty(len(targets), dtype=exact, device=hidden.device)
         trained = ctx.needs_input_grad
         d_h = torch.empty_like(h) if trained[0] else None
         d_W = torch.zeros_like(W, dtype=exact) if trained[1] else None
-        d_odds = None if odds is None else torch.empty_like(odds)
+        d_log_extra = None if log_extra is None else torch.empty_like(log_extra)
         # z, B of each update; sums over tokens are kept exact
         d_updates = [None if not needed else torch.zeros_like(t, dtype=exact if i % 2 else dtype)
                      for i, (t, needed) in enumerate(zip(updates, trained[5:], strict=True))]
@@ -56,16 +53,16 @@ class LinearCrossEntropy(torch.autograd.Function):
             target = targets[first:end, None]
             log_py = log_p.gather(1, target)[:, 0]
             losses[first:end] = -log_py
-            if odds is not None:  # -log(p_y + e^odds): its gradient is the same by p_y's share
-                losses[first:end] = -torch.logaddexp(log_py, odds[first:end])
-                share = (log_py + losses[first:end]).exp()
-                d_odds[first:end] = share - 1
+            if log_extra is not None:  # -log(p_y + e^x): the gradient is g p_y / (p_y + e^x)
+                losses[first:end] = -torch.logaddexp(log_py, log_extra[first:end])
+                ratio = (log_py + losses[first:end]).exp()
+                d_log_extra[first:end] = ratio - 1
             if not any(trained):
                 continue
             g = log_p.exp_()
             g = g.scatter_add_(1, target, -torch.ones_like(target, dtype=exact))
-            if odds is not None:
-                g *= share[:, None]
+            if log_extra is not None:
+                g *= ratio[:, None]
             g = g.to(dtype)
             if d_h is not None:
                 d_h[first:end] = g @ W  # (m, V) @ (V, C) -> (m, C)
@@ -76,7 +73,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     d_updates[i][rows] = g[here] @ updates[i + 1][k]  # (m, V) @ (V, r)
                 if d_updates[i + 1] is not None:
                     d_updates[i + 1][k] += g[here].T @ updates[i][rows]  # (V, m) @ (m, r)
-        ctx.gradients = d_h, d_W, None, None, d_odds, *d_updates
+        ctx.gradients = d_h, d_W, None, None, d_log_extra, *d_updates
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
@@ -95,19 +92,20 @@ def within(counts, first, end):
             yield k, a, b
 
 
-def linear_cross_entropy(hidden, weight, targets, updates=(), counts=None, odds=None):
+def linear_cross_entropy(hidden, weight, targets, updates=(), counts=None, log_extra=None):
     """Summed negative log-likelihood, which can be differentiated, and each token's (n,).
 
     hidden (n, C), weight (V, C), targets (n,); logits are W h, and for each of `updates`, a pair
     z (n, r) and B, B z more with B (V, r), or B[k] z with B (K, V, r) and k = 0 for the first
-    counts[0] tokens, 1 for the next counts[1] and so on. With odds (n,) a target's probability p
-    counts as p + exp(odds). Products are made in autocast's type, the softmax and all sums in
-    float32. At most LOGITS_BYTES of logits exist at a time; what autograd needs is made on the way.
+    counts[0] tokens, 1 for the next counts[1] and so on. With log_extra (n,) a target's
+    probability p counts as p + exp(log_extra). Products are made in autocast's type, the softmax
+    and all sums in float32. At most LOGITS_BYTES of logits exist at a time; what autograd needs is
+    made on the way.
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()
     flat = [tensor for z, B in updates for tensor in (z, B if B.dim() == 3 else B[None])]
-    return LinearCrossEntropy.apply(hidden, weight, targets, counts, odds, *flat)
+    return LinearCrossEntropy.apply(hidden, weight, targets, counts, log_extra, *flat)
 
 
 def losses(model, tokens, targets, statistics=None, cluster=None):
@@ -126,7 +124,7 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
         return None if x is None else x.to(device)
 
     told, which = send(statistics), send(cluster)
-    hidden = model.hidden(send(tokens), soft=soft_prompts(head, told, which))
+    hidden = model.hidden(send(tokens), soft=head.soft_prompts(told, which))
     updates = head.updates(told)
     place = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (n,) of B * T
     K, counts = max((len(u.B) for u in updates if u.B.dim() == 3), default=1), None
@@ -138,16 +136,17 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
     def scored(x):
         return x.flatten(0, 1).index_select(0, place)  # (B, T, ...) -> (n, ...)
 
-    pairs, odds = [], None
+    pairs, log_extra = [], None
     for A, B in updates:
         z = hidden @ (A if A.dim() == 2 else A[which]).mT  # (B, T, C) @ (C, r) or (B, C, r)
         pairs.append((scored(z), B))  # B[k] is multiplied with all of k's
     if head.reads_company:
         aim = send(targets)
-        odds, rest = map(scored, head.recall(hidden, told, which, aim, aim != IGNORE))
-    total, each = linear_cross_entropy(scored(hidden), head.weight, wanted, pairs, counts, odds)
+        log_extra, log_share = map(scored, head.recall(hidden, told, which, aim, aim != IGNORE))
+    total, each = linear_cross_entropy(
+        scored(hidden), head.weight, wanted, pairs, counts, log_extra)
     if head.reads_company:
-        total, each = total - rest.sum(), each - rest.detach()
+        total, each = total - log_share.sum(), each - log_share.detach()
     rows = each.new_zeros(targets.numel()).index_copy_(0, place, each)  # (B * T,)
     return total, rows.view(targets.shape).sum(dim=1)
 
@@ -175,7 +174,8 @@ def score(run, model, examples, batch_size, company=None, whole=False):
     counts = torch.zeros(len(examples), dtype=torch.int64)
     nll = counts.double()
     order = torch.from_numpy(examples.length).argsort(stable=True)  # little padding in a batch
-    if company and model.lm_head.reads_company:  # each cluster is read once
+    if company and model.lm_head.reads_company and len(company.members) < len(examples):
+        # each cluster is read once
         order = order[company.cluster[order].argsort(stable=True)]
     for index in order.split(batch_size)[run.rank :: run.world]:
         batch = company.batch(examples, index) if company else examples.batch(index, whole)
@@ -231,16 +231,20 @@ class Company:
 
     def told(self, index):
         """Statistics and cluster of the rows `index` (B,), as `losses` takes them."""
-        return self.head.told(self.prompts, index, *self.kept(index))
+        return self.head.told(self.prompts, index, *self.kept(index))[1:]
+
+    def among(self, index):
+        """The same where no more is known of their clusters than the rows `index` (B,)."""
+        which = self.cluster[index].unique(return_inverse=True)[1]
+        return self.head.told(self.prompts, index, which, index, which)[1:]
 
     def batch(self, examples, index):
         """All that `losses` takes of the rows `index` (B,). Rows that the head has to read beside
         them follow, unscored."""
-        together = self.head.reads_company
-        rows = read_together(index, self.kept(index)[1]) if together else index
+        rows, *told = self.head.told(self.prompts, index, *self.kept(index))
         inputs, targets = examples.batch(rows)
         targets[len(index) :] = IGNORE
-        return inputs, targets, *self.told(index)
+        return inputs, targets, *told
 
 
 def held_out_company(run, model, examples, plan, inference, control=None):
@@ -253,7 +257,7 @@ def held_out_company(run, model, examples, plan, inference, control=None):
     if not head.needs_statistics:
         return None
     prompts = head.read(examples.conditioned(plan), run.base.transformer.wte)
-    assigned = inference == "assign" and head.stores_clusters
+    assigned = inference == "assign" and not head.reads_company
     k = None if assigned else max(1, round(len(examples) / plan.get("cluster_size", 1)))
     generator = torch.Generator().manual_seed(plan["seed"])
 

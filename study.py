@@ -9,7 +9,6 @@ Validation split, the seed of --seed. A head of --trunk shared is put back on it
 where others than its own states have to be read.
 """
 
-import copy
 import functools
 from dataclasses import replace
 
@@ -20,6 +19,7 @@ from common import adapter_paths, label, load_adapter
 from data import read_pydocs
 from eval import BESIDE, COLOURS, MARKERS, figure
 from files import UserError, write_json
+from model import HeadAlone
 from scoring import held_out_company, score, summed
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -28,20 +28,17 @@ SHARES = (0.0, 0.1, 0.25, 0.5)
 
 def whole_model(run, model):
     """A model that reads tokens, of a head that was trained alone."""
-    if hasattr(model, "transformer"):
-        return model
-    whole = copy.copy(run.trunk_model)
-    whole._modules = dict(whole._modules, lm_head=model.lm_head)
-    return whole
+    if isinstance(model, HeadAlone):
+        run.trunk_model.lm_head, model = model.lm_head, run.trunk_model
+    return model
 
 
 def sweep_company(run, model, plan, examples, args):
     """More and more clusters; or always those of 64, of whose members few are told."""
-    fixed, company = args.sweep == "cluster-size", None
+    fixed = args.sweep == "cluster-size"
     for size in SIZES:
-        if not (fixed and company):
-            wanted = plan | {"cluster_size": SIZES[-1] if fixed else size}
-            company = held_out_company(run, model, examples, wanted, "fit")
+        wanted = plan | {"cluster_size": SIZES[-1] if fixed else size}
+        company = held_out_company(run, model, examples, wanted, "fit")
         if fixed:
             company.choose = functools.partial(choose_few, size)
         x = size if fixed else int(company.cluster.max()) + 1
@@ -73,7 +70,7 @@ def sweep_noise(run, model, plan, examples, args):
                 start = draw.integers(len(source) - examples.length[i])
                 tokens[row] = source[start : start + examples.length[i]]
             noisy = replace(examples, tokens=tokens)
-            company.prompts = model.lm_head.read(noisy, run.base.transformer.wte)
+            company.prompts = model.lm_head.read(noisy.conditioned(plan), run.base.transformer.wte)
             nll, counts = score(run, model, noisy, args.batch_size, company)
             yield kind, share, summed(nll[scored], counts[scored])["loss"]
 

@@ -4,10 +4,6 @@
     python train.py --dataset wikitext2 --seeds 0,1,2
     python train.py --resume --out runs/wikitext2     # go on after Ctrl-C, exactly
 
-Every method is trained on the same examples and scored by the same rule: the negative
-log-likelihood of the continuation's tokens, each predicted from what stands before it, summed and
-then divided by their number. The statistics that adapt a head come from prompt tokens alone.
-
 A run folder holds
     config.json, tokenizer.json          what was asked for
     base.safetensors                     the frozen base (best by validation loss)
@@ -32,7 +28,7 @@ from pathlib import Path
 
 from files import (UserError, read_json, read_tensors, run_cli, write_json, write_tensors,
                    write_text)
-from flags import CONDITIONS, CONTROLS, HUB_BASES, TOLD_NOTHING, parse_train, train_parser
+from flags import ALONE, CONDITIONS, HUB_BASES, TOLD_NOTHING, parse_train, train_parser
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
     run_cli(train_parser().parse_args)
@@ -371,7 +367,7 @@ def adapter_plan(run, args, method, seed, lr):
         size = args.cluster_size or (12 if cache else args.batch_size)
         scope = args.stat_scope or ("running" if cache else "prompt")
         alone = method in ("per-sample", "task-embedding")
-        k = 1 if alone or args.told == CONTROLS[0] else -(-N // size)
+        k = 1 if alone or args.told == ALONE else -(-N // size)
         plan |= {"clusters": k, "cluster_size": N / -(-N // size), "stat_scope": scope,
                  "inference": args.inference,
                  "condition": CONDITIONS[0] if method == "task-embedding" else args.condition}
@@ -465,8 +461,7 @@ def train_adapter(run, args, method, seed, lr, path):
             return train.batch(index)
         if cluster is None:
             return company.batch(train, index)
-        which = cluster[index].unique(return_inverse=True)[1]  # of this batch's members alone
-        return *train.batch(index), *head.told(prompts, index, which, index, which)
+        return *train.batch(index), *company.among(index)
 
     keep_freed_memory()  # clustering's blocks are of other sizes than a step's
     fit(run, args, path, model, plan, load, train.length - train.prompt,

@@ -39,7 +39,7 @@ from cluster import kmeans
 from common import adapt, choose_device, choose_dtype, keep_freed_memory, matrix_rate, wait
 from data import Corpus, Examples, Tokenizer, load_examples
 from files import UserError, write_json, write_text
-from hypernet import ChameleonHead, Prompts
+from hypernet import ChameleonHead, Prompts, batch_statistics
 from model import GPT, SIZES, GPTConfig, generate, merge_lora
 from scoring import linear_cross_entropy, losses
 
@@ -501,7 +501,7 @@ def bench_decode(b):
             generator = torch.Generator().manual_seed(0)
             prompts = head.read(requests, wte)
             cluster = head.group(prompts, B // 4, generator)
-            statistics = prompts.statistics(cluster)
+            statistics = batch_statistics(prompts.mean, prompts.count, cluster)
             return {"statistics": statistics.to(b.device), "cluster": cluster.to(b.device)}
 
         @torch.no_grad()

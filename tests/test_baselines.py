@@ -36,7 +36,7 @@ def test_scaled_writes_the_numbers_between_two_trained_factors():
                  lambda s: head.hypernetwork((s - head.center) / head.spread))
 
 
-@pytest.mark.parametrize("kind", ["joint", "individual", "library"])
+@pytest.mark.parametrize("kind", ["masks", "masks-alone", "library"])
 @pytest.mark.parametrize("training", [False, True])
 def test_masks_are_blended_or_one_is_taken(kind, training):
     head, statistics = told(MaskedHead(torch.randn(V, C).double(), r, 3.0, kind, n_clusters=K))
@@ -46,7 +46,7 @@ def test_masks_are_blended_or_one_is_taken(kind, training):
     def factor(s):
         cosines = torch.stack([F.cosine_similarity(s - head.center, row, dim=0)
                                for row in head.selector])
-        blended = kind == "joint" or (kind == "individual" and not training)
+        blended = kind == "masks" or (kind == "masks-alone" and not training)
         share = torch.softmax(10 * cosines, 0) if blended else (cosines == cosines.max()).double()
         return sum(w * mask for w, mask in zip(share, head.masks, strict=True))
 
@@ -58,7 +58,7 @@ def test_masks_are_blended_or_one_is_taken(kind, training):
 
 
 def test_with_few_clusters_there_are_no_more_masks_than_these():
-    head = MaskedHead(torch.randn(V, C), r, 3.0, "joint", n_clusters=3)
+    head = MaskedHead(torch.randn(V, C), r, 3.0, "masks", n_clusters=3)
     assert head.masks.shape == (3, 3 * r) and head.selector.shape == (3, C)
 
 

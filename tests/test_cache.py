@@ -134,19 +134,20 @@ def test_a_share_that_rounds_to_one_leaves_loss_and_gradients_finite(share):
     assert all(d.isfinite().all() for d in torch.autograd.grad(total, trained))
 
 
-def test_odds_in_the_loss_pass_gradcheck():
+def test_what_memories_add_to_the_loss_pass_gradcheck():
     torch.manual_seed(0)
     hidden, weight, z, B = (torch.randn(*shape, dtype=torch.float64, requires_grad=True)
                             for shape in ((7, C), (V, C), (7, 2), (V, 2)))
-    odds = torch.rand(7, dtype=torch.float64, requires_grad=True)
+    log_extra = torch.rand(7, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(V, (7,))
 
-    def loss(hidden, weight, z, B, odds):
-        return linear_cross_entropy(hidden, weight, targets, [(z, B)], None, odds)[0]
+    def loss(hidden, weight, z, B, log_extra):
+        return linear_cross_entropy(hidden, weight, targets, [(z, B)], None, log_extra)[0]
 
-    assert torch.autograd.gradcheck(loss, (hidden, weight, z, B, odds))
+    assert torch.autograd.gradcheck(loss, (hidden, weight, z, B, log_extra))
     p = (hidden @ weight.T + z @ B.T).softmax(dim=1)[torch.arange(7), targets]
-    torch.testing.assert_close(loss(hidden, weight, z, B, odds), -(p + odds.exp()).log().sum())
+    expected = -(p + log_extra.exp()).log().sum()
+    torch.testing.assert_close(loss(hidden, weight, z, B, log_extra), expected)
 
 
 @pytest.mark.parametrize("control", [None, "own prompt only", "shuffled", "other articles"])

@@ -411,7 +411,7 @@ def test_sections_of_a_text_file_end_at_lines_and_lose_nothing(tmp_path):
 def test_a_folder_gives_its_texts_and_its_records(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.txt").write_text("plain\n")
-    (tmp_path / "b.jsonl").write_text('\n{"instruction": " Add ", "input": "1", "output": " 2 "}\n')
+    (tmp_path / "b.JSONL").write_text('\n{"instruction": " Add ", "input": "1", "output": " 2 "}\n')
     (tmp_path / "c.json").write_text('[{"text": " as it is "}]')
     (tmp_path / "d.csv").write_text("not read")
     found = [(d.prompt, d.text) for d in data.reader(str(tmp_path), tmp_path)() if d.text]

@@ -21,7 +21,7 @@ from common import label, load_adapter, open_corpus, open_run, share_trunk
 from conftest import with_base
 from data import Examples, Tokenizer, load_examples
 from files import UserError, read_tensors
-from flags import CONTROLS, METHODS
+from flags import ALONE, METHODS
 from hypernet import ChameleonHead
 from scoring import held_out_company, score, summed
 
@@ -101,7 +101,7 @@ def test_heads_on_a_shared_trunk_are_compared_pairwise_and_swept(run, capsys):
         outcomes = grid["shared chameleon-seed0"]
         assert info["plan"]["lr"] == float(min(outcomes, key=outcomes.get))
     train.main([*shared, "--lr", "1e-2", "--methods", "chameleon", "--told", "shuffled"])
-    train.main([*shared, "--lr", "1e-2", "--methods", "company-cache", "--told", CONTROLS[0]])
+    train.main([*shared, "--lr", "1e-2", "--methods", "company-cache", "--told", ALONE])
     entries = [e for e in eval.main([str(folder)]) if e["trunk"] == "shared"]
     by_name = {e["name"]: e for e in entries}
     match, adapted = by_name["lora-match"], by_name["chameleon"]
@@ -133,7 +133,7 @@ def test_heads_on_a_shared_trunk_are_compared_pairwise_and_swept(run, capsys):
 def test_what_cannot_be_asked_of_a_run_is_told_in_a_line(run):
     folder, _ = run
     for asked, why in ((["--sweep", "noise", "--seed", "5"], "no adapter with seed 5"),
-                       (["--sweep", "noise", "--on", "pydocs"], "leave one out"),
+                       (["--sweep", "noise", "--on", "pydocs"], "not allowed with"),
                        (["--methods", "lora"], "goes with --sweep")):
         with pytest.raises(UserError, match=why):
             eval.main([str(folder), *asked])
@@ -238,6 +238,7 @@ def test_a_base_of_another_run_is_taken_with_its_tokenizer(run, tmp_path):
     frozen, *others = eval.main([second])
     assert {e["seed"] for e in others if e["name"] == "lora"} == {0, 1, 2}
     opened, config = open_run(folder, torch.device("cpu"))
+    assert not opened.base.training  # its dropout is for its own training
     rows = load_examples(open_corpus(arguments[1], "data", config), opened.tokenizer, 24,
                          folder / "cache")["validation"]
     assert summed(*score(opened, opened.base, rows, 64)).items() <= frozen["validation"].items()

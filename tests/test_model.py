@@ -50,6 +50,7 @@ def test_gpt2_has_its_published_size_and_names():
 
 def test_nano_has_about_2_6_million_parameters():
     assert count(GPT(GPTConfig(vocab_size=4096, **SIZES["nano"]))) == pytest.approx(2.6e6, rel=0.01)
+    assert count(GPT(GPTConfig(vocab_size=4096, **SIZES["pico"]))) == pytest.approx(2.6e5, rel=0.03)
 
 
 def test_residual_branches_start_smaller_with_depth():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,9 +18,10 @@ import model
 import prompts
 import train
 from common import adapter_path, load_adapter, open_run
-from data import Corpus, encode
-from files import UserError
+from data import Corpus, encode, load_examples
+from files import UserError, read_tensors, write_tensors
 from prompts import adapt_to, rows_of, telling_words
+from scoring import held_out_company, score
 
 TEXTS = ["the river of stone and cloud", "winter sings quietly", "a river under green stone",
          "summer road walks over winter", "the house and the apple"]
@@ -93,6 +95,12 @@ def test_assigned_answers_do_not_depend_on_the_others_and_equal_those_alone(
     said = ask(TEXTS[1:2], *options)
     assert said["answers"][0]["continuation"] == expected[TEXTS[1]]
     assert not said["depends_on_batch_mates"]
+
+
+def test_assigned_prompts_of_a_head_that_knows_itself_alone_share_no_cluster(ask):
+    for options in ([], ["--assign"]):
+        said = ask(TEXTS, "--method", "chameleon-own prompt only", *options)
+        assert len({entry["cluster"] for entry in said["answers"]}) == len(TEXTS)
 
 
 def test_heads_that_hear_nobody_say_so(ask):
@@ -229,6 +237,22 @@ def test_of_a_prompt_a_condition_shows_what_it_showed_in_training(instructed, tm
         assert rows.instruction.tolist() == index[:, 2].tolist()
         n += len(index)
     assert n == len(texts) > 200
+
+
+def test_a_sweep_without_noise_scores_as_eval_does_under_a_condition(instructed):
+    path = instructed / "adapters" / "chameleon-seed0.safetensors"
+    tensors, info = read_tensors(path)
+    torch.nn.init.normal_(tensors["lm_head.hypernetwork.layers.4.weight"])  # let it listen
+    write_tensors(path, tensors, info)
+    swept = eval.main([str(instructed), "--sweep", "noise"])
+    run, config = open_run(instructed, torch.device("cpu"))
+    corpus = Corpus(config["args"]["dataset"], "data")
+    rows = load_examples(corpus, run.tokenizer, 24, instructed / "cache")["validation"]
+    model, plan = load_adapter(run, path)
+    nll, n = score(run, model, rows, 8, held_out_company(run, model, rows, plan, "fit"))
+    order = np.random.default_rng(0).permutation(len(rows))[len(rows) // 2 :]
+    clean = [r["loss"] for r in swept if (r["method"], r["x"]) == ("chameleon", 0.0)]
+    assert clean == pytest.approx(2 * [nll[order].sum() / n[order].sum()], rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------- README

@@ -65,8 +65,8 @@ def test_a_step_has_the_rows_of_its_batches_with_like_lengths_together(lengths, 
     assert len(steps) == per_epoch
     for step, (n_scored, n_read, loaded) in enumerate(steps):
         asked = drawn[step * accumulate : (step + 1) * accumulate]
-        found = [index.tolist() for _, _, index in loaded]
-        rows = sum(found, [])
+        found = [index for _, _, index in loaded]
+        rows = torch.cat(found).tolist()
         assert sorted(rows) == sorted(torch.cat(asked).tolist())
         assert len(found) == len(asked) and max(map(len, found)) <= size
         assert n_read == sum(lengths[i] for i in rows) == n_scored + len(rows)
