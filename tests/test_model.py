@@ -48,7 +48,7 @@ def test_gpt2_has_its_published_size_and_names():
             "transformer.h.0.mlp.c_proj.weight", "transformer.ln_f.bias"} <= names
 
 
-def test_nano_has_about_2_6_million_parameters():
+def test_nano_has_about_2_6_million_parameters_and_pico_a_tenth():
     assert count(GPT(GPTConfig(vocab_size=4096, **SIZES["nano"]))) == pytest.approx(2.6e6, rel=0.01)
     assert count(GPT(GPTConfig(vocab_size=4096, **SIZES["pico"]))) == pytest.approx(2.6e5, rel=0.03)
 
