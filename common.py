@@ -299,8 +299,9 @@ def adapter_path(run, method, seed, trunk="joint"):
 
 def adapter_paths(folder, trunk="joint"):
     """Best checkpoints of a run's adapters, those of one method side by side."""
-    paths = [p for p in (folder / ADAPTERS[trunk]).glob("*.safetensors")
-             if not p.name.endswith((".last.safetensors", ".state.safetensors"))]
+    place = folder / ADAPTERS[trunk]
+    paths = [p for p in (place.iterdir() if place.exists() else ()) if p.suffix == ".safetensors"
+             and not p.name.endswith((".last.safetensors", ".state.safetensors"))]
 
     def rank(path):
         method = path.name.split("-seed")[0]
@@ -334,8 +335,8 @@ def share_trunk(run):
     """
     path = adapter_path(run, "lora", 0)
     if not path.with_suffix(".last.safetensors").exists():
-        raise UserError(f"--trunk shared: heads share the transformer of {path}, which does not "
-                        f"exist; train it first with --methods lora --trunk joint")
+        raise UserError(f"--trunk shared: heads share the transformer of {path}, which is not "
+                        f"finished; train it first with --methods lora --trunk joint")
     model = run.trunk_model = load_adapter(run, path)[0]
     run.trunk = tensors_digest({n: p for n, p in model.named_parameters()
                                 if not n.startswith("lm_head")})
@@ -348,6 +349,9 @@ def share_trunk(run):
             whole = math.prod(shape) * run.dtype.itemsize
             if not (file.exists() and file.stat().st_size == whole):
                 with whole_file(file) as temporary:
+                    if hasattr(os, "posix_fallocate"):  # a full disk would else kill the process
+                        with open(temporary, "wb") as room:
+                            os.posix_fallocate(room.fileno(), 0, whole)
                     states = mapped(str(temporary), shared=True).view(shape)
                     write_states(run, model, examples, states)
             run.shared[split] = replace(examples, states=mapped(str(file)).view(shape))
@@ -367,12 +371,13 @@ def write_states(run, model, examples, states):
 def read_records(folder):
     """Records of metrics.jsonl. A damaged line, such as a kill can leave, does not count."""
     path, records = folder / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except ValueError:
             continue
-    return [record for record in records if isinstance(record, dict)]
+    wanted = {"method", "seed", "step", "tokens", "loss"}
+    return [r for r in records if isinstance(r, dict) and wanted <= r.keys()]
 
 
 def open_corpus(dataset, data_dir, config):

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import sysconfig
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def read_lines(path):
 
 def read_wikitext(folder):
     """Articles. A title is a line ` = Title = ` between two blank lines; table rows are not."""
-    title = re.compile(r" = [^=]+ = \n")
+    title = re.compile(r" = [^=]+ = \r?\n")
     for split in SPLITS:
         lines, count = [], 0
         for line in read_lines(folder / f"{split}.txt"):
@@ -203,7 +204,7 @@ def reader(dataset, data_dir):
         raise UserError(f"--dataset {dataset}: neither a known name ({known}) nor a file or folder")
     if all((path / f"{split}.txt").exists() for split in SPLITS):
         return lambda: read_wikitext(path)
-    paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    paths = [path] if path.is_file() else sorted(files_in(path))
     texts = [p for p in paths if p.suffix.lower() == ".txt"]
     records = [p for p in paths if p.suffix.lower() in (".jsonl", ".json")]
     if not texts + records:
@@ -218,6 +219,16 @@ def reader(dataset, data_dir):
             yield from read_records(p)
 
     return read
+
+
+def files_in(folder):
+    """Files in a folder and in those within it; OSError if one cannot be read."""
+
+    def fail(error):
+        raise error
+
+    for inner, _, names in os.walk(folder, onerror=fail):
+        yield from (Path(inner, name) for name in names)
 
 
 class Corpus:
@@ -257,7 +268,7 @@ class Corpus:
 
 
 def key_hash(key):
-    return hashlib.sha256(f"split 0: {key}".encode()).digest()[:8]
+    return hashlib.sha256(f"split 0: {key}".encode(errors="surrogateescape")).digest()[:8]
 
 
 # ----------------------------------------------------------------------------------- tokenizer
@@ -333,8 +344,9 @@ def encode(corpus, split, tokenizer, cache):
 
     Returns tokens (all documents, one after the other) and an index (D + 1, 3): each document's
     first token, its number of prompt tokens and how many of these begin in the instruction, 0 in
-    running text. The files' name is a hash of the text, the tokenizer and this very file, so
-    that none of them can change unnoticed.
+    running text; the row after the last has all tokens' number and their checksum. The files'
+    name is a hash of the text, the tokenizer and this very file, so that none of them can change
+    unnoticed.
     """
     key = f"{corpus.fingerprint} {corpus.cuts} {tokenizer.fingerprint} {split}".encode()
     name = hashlib.sha256(key + Path(__file__).read_bytes()).hexdigest()[:16]
@@ -342,7 +354,7 @@ def encode(corpus, split, tokenizer, cache):
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     try:  # a damaged or missing file is made again
         rows = np.fromfile(index, np.int64).reshape(-1, 3)
-        whole = flat.stat().st_size == rows[-1, 0] * np.dtype(dtype).itemsize
+        whole = checksum(flat) == rows[-1, 2]
     except (OSError, ValueError, IndexError):
         whole = False
     if not whole:
@@ -360,12 +372,16 @@ def encode(corpus, split, tokenizer, cache):
                     rows.append((written, len(prompt), begin_within(prompt, n_bytes, sizes)))
                     written += len(tokens)
                     file.write(np.array(tokens, dtype=dtype).tobytes())
-        rows = np.array([*rows, (written, 0, 0)], dtype=np.int64)
+        rows = np.array([*rows, (written, 0, checksum(flat))], dtype=np.int64)
         with whole_file(index) as temporary:
             rows.tofile(temporary)
     if rows[-1, 0] == 0:
         raise UserError(f"the {split} split has no text")
     return np.memmap(flat, dtype=dtype, mode="r"), rows
+
+
+def checksum(path):
+    return zlib.crc32(np.memmap(path, mode="r")) if path.stat().st_size else 0
 
 
 def begin_within(tokens, n_bytes, sizes):

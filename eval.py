@@ -20,11 +20,11 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from files import UserError, run_cli, whole_file, write_json, write_text
-from flags import CONTROLS, OF_ARTICLES, eval_parser
+from files import UserError, read_json, run_cli, whole_file, write_json, write_text
+from flags import CONTROLS, OF_ARTICLES, parse_eval
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
-    run_cli(eval_parser().parse_args)
+    run_cli(parse_eval)
 
 import numpy as np
 import torch
@@ -102,7 +102,8 @@ def score_run(run, args):
                 nll, counts = score(run, model, examples, args.batch_size, company)
             losses[f"{trunk}/{name}/{seed}/{split}"] = nll
             found[split] = result = summed(nll, counts)
-            result["perplexity"] = math.exp(result["loss"])
+            # Of a training gone wrong it may be beyond all numbers.
+            result["perplexity"] = math.exp(result["loss"]) if result["loss"] < 100 else None
             result["bits_per_byte"] = result["nll_sum"] / math.log(2) / n_bytes[split]
         found["latency"] = latency(run, model, company)
         print(f"{trunk}: {name}, seed {seed}: validation {found['validation']['loss']:.4f}, "
@@ -202,7 +203,8 @@ def make_table(entries, losses, examples):
                  f"{1e6 * np.median([entry['latency'] for entry in same]):.1f}", ", ".join(rates)]
         for split, key, digits in (("validation", "loss", 4), ("test", "loss", 4),
                                    ("test", "perplexity", 2), ("test", "bits_per_byte", 4)):
-            cells.append(spread([entry[split][key] for entry in same], digits))
+            values = [entry[split][key] for entry in same]
+            cells.append("" if None in values else spread(values, digits))
         if name != "lora-match":
             cells += compared(mine, rival, losses, examples)
         rows.append(cells + [""] * (len(head) - len(cells)))
@@ -337,9 +339,7 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
 
 def main(argv=None):
     """Score the run, or continue prompts; returns the entries of results.json, or token ids."""
-    args = eval_parser().parse_args(argv)
-    if args.methods and not args.sweep:
-        raise UserError("--methods goes with --sweep; without it all adapters are scored")
+    args = parse_eval(argv)
     keep_freed_memory()
     folder = Path(args.run)
     run, config = open_run(folder, choose_device(args.device)[0], args.dtype)
@@ -349,6 +349,9 @@ def main(argv=None):
     dataset = config["args"]["dataset"]
     if args.on:
         corpus, out = Corpus(args.on, data_dir), folder / f"on-{Path(args.on).stem}"
+        kept = out / "results.json"
+        if kept.exists() and read_json(kept)["data"] != corpus.fingerprint:
+            raise UserError(f"--on {args.on}: {out} holds the scores of another text; move it away")
     else:
         corpus = open_corpus(dataset, data_dir, config)
     metrics = text_metrics(corpus, args.on or dataset) if args.generations else None
@@ -381,6 +384,7 @@ def main(argv=None):
         text += (f"\n{markdown([('method', 'seed', 'BLEU', 'ROUGE-L'), *rows])}\n"
                  f"The same {generations[0]['n']} test instructions for all, continued greedily by "
                  f"at most {args.max_new_tokens} tokens.\n")
+    print("\n" + text)
     write_text(out / "results.md", text)
     write_json(out / "results.json", {
         "dataset": scored_on, "inference": args.inference,
@@ -390,7 +394,6 @@ def main(argv=None):
     })
     with whole_file(out / "losses.npz") as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **losses)
-    print("\n" + text)
     if args.on:  # the figures are of the training's own data
         return entries
     drawn = {(entry["name"], entry["seed"], entry["lr"], "joint") for entry in parts["joint"]}

@@ -9,6 +9,7 @@ executes none of the stranger's code.
 
 import json
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,9 @@ class UserError(Exception):
 
 def run_cli(main):
     """Call `main()`; a `UserError` becomes one line on stderr and exit status 2."""
+    interruptible = signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without ± must not end a run
     try:
@@ -36,9 +40,13 @@ def run_cli(main):
         sys.exit(1)
     except (UserError, OSError) as error:  # OSError: a full disk, a file in the way
         # Of the processes that torchrun starts, all find the same mistake: one says it.
-        if isinstance(error, OSError) or os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
+        if isinstance(error, OSError) or rank == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if interruptible:  # while modules are loaded, and at the end: no traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
@@ -48,7 +56,10 @@ def whole_file(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors lets nobody but the owner read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -94,10 +105,13 @@ def write_tensors(path, tensors, info=None):
 def tensor_file(path, device="cpu"):
     """Open anyone's safetensors file, to be read tensor by tensor; `UserError` if it cannot be."""
     try:
+        open(path, "rb").close()  # safetensors calls a file missing that it may not read
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
+    except PermissionError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged, cut short or no safetensors file ({error})") from None
 

@@ -28,6 +28,7 @@ ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "bas
 # too, which GPT-2's files leave open.
 SCRATCH = ("size", "vocab_size", "base_lr", "base_epochs", "base_batch_size")
 OF_A_RUN = ("dropout", "tokenizer")
+OF_PROMPTS = ("assign", "clusters", "static", "base_only", "json", "method", "temperature", "top_k")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -161,8 +162,9 @@ def eval_parser():
     one = parser.add_mutually_exclusive_group().add_argument
     one("--anatomy", action="store_true", help="train and score a pair of heads under each flaw of "
         "the published code, instead: some minutes on a CPU")
-    one("--on", metavar="DATA", help="score on another data set instead, --dataset's names or a "
-        "path: clusters are made of the requests at hand there; writes RUN/on-DATA/")
+    one("--on", metavar="DATA", help="score the jointly trained adapters on another "
+        "data set instead, --dataset's names or a path: clusters are made of the requests at hand "
+        "there; writes RUN/on-DATA/")
     one("--sweep", choices=("clusters", "cluster-size", "noise"), help="instead, vary the company "
         "that requests keep (study.py), of heads on a shared trunk if there are any")
     add("--methods", type=methods, metavar="M,M", help="with --sweep: of these alone")
@@ -183,6 +185,20 @@ def eval_parser():
     add("--temperature", type=number(float, 0, 1e3), default=0.8, help="0 is greedy")
     add("--top-k", type=COUNT, default=50, help="tokens to draw from")
     return parser
+
+
+def parse_eval(argv=None):
+    """Arguments of eval.py; a flag that would do nothing is refused."""
+    parser = eval_parser()
+    args = parser.parse_args(argv)
+    for question, names in (("prompts", OF_PROMPTS), ("sweep", ("methods",))):
+        for name in names:
+            if getattr(args, question) is None and getattr(args, name) != parser.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')} goes with --{question}; leave it out")
+    if args.clusters and (args.assign or args.inference == "assign"):
+        raise UserError("--clusters makes new ones, and with --assign or --inference assign "
+                        "prompts go to the training's; leave one out")
+    return args
 
 
 def parse_train(argv):
@@ -238,6 +254,7 @@ def remembered(folder):
         if not isinstance(known, dict) or not {*ONCE, "data_dir"} <= known.keys():
             raise UserError(f"{path} is not what train.py wrote: settings are missing")
         return config
-    if folder.exists() and (folder.is_file() or any(p.name != "cache" for p in folder.iterdir())):
+    if folder.exists() and (folder.is_file() or any(
+            p.name not in ("cache", "tokenizer.json") for p in folder.iterdir())):
         raise UserError(f"{folder} is not empty and holds no run; choose another --out")
     return None

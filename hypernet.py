@@ -127,7 +127,8 @@ class ClusteredHead(LMHead):
         return index, batch_statistics(prompts.mean[members], prompts.count[members], group), which
 
     def standardised(self, statistics):
-        return (statistics - self.center) / self.spread.clamp(min=1e-6)  # (K, C)
+        deviation = (statistics - self.center) / self.spread.clamp(min=1e-6)  # (K, C)
+        return deviation.where(self.spread > 1e-6, 0)  # what never varied in training says nothing
 
 
 class ChameleonHead(ClusteredHead):

@@ -368,6 +368,8 @@ def adapter_plan(run, args, method, seed, lr):
         scope = args.stat_scope or ("running" if cache else "prompt")
         alone = method in ("per-sample", "task-embedding")
         k = 1 if alone or args.told == ALONE else -(-N // size)
+        if k == 1 and args.told == "shuffled" and not alone:
+            raise UserError("--told shuffled: there is one cluster alone; lower --cluster-size")
         plan |= {"clusters": k, "cluster_size": N / -(-N // size), "stat_scope": scope,
                  "inference": args.inference,
                  "condition": CONDITIONS[0] if method == "task-embedding" else args.condition}
@@ -513,6 +515,8 @@ def main(argv=None):
         corpus = open_corpus(args.dataset, args.data_dir, before)
     if args.condition != CONDITIONS[1] and not corpus.instructions:
         raise UserError(f"--condition {args.condition}: {args.dataset} has no instructions")
+    if "task-embedding" in args.methods and not corpus.instructions:
+        raise UserError(f"--methods task-embedding: {args.dataset} has no instructions")
     if corpus.dropped:
         print(f"{corpus.dropped} records left out: their response is blank")
 

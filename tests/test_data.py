@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import data
 import files
 from data import END, IGNORE, SPLITS, Corpus, Tokenizer, cut, encode, load_examples
-from files import UserError, read_json, read_tensors, run_cli, whole_file, write_tensors
+from files import UserError, read_json, read_tensors, run_cli, whole_file, write_json, write_tensors
 
 quick = settings(max_examples=60, deadline=None)  # a loaded machine must not fail a test
 
@@ -161,7 +161,7 @@ def test_encoded_documents_are_what_each_one_gives_alone(tmp_path):
         tokens, index = encode(corpus, split, tokenizer, tmp_path / "cache")
         assert isinstance(tokens, np.memmap)
         documents = list(corpus.documents(split))
-        assert len(index) == len(documents) + 1 and index[-1].tolist() == [len(tokens), 0, 0]
+        assert len(index) == len(documents) + 1 and index[-1, 0] == len(tokens)
         for i, document in enumerate(documents):
             row = tokens[index[i, 0] : index[i + 1, 0]].tolist()
             prompt, text = row[: index[i, 1]], row[index[i, 1] :]
@@ -206,6 +206,14 @@ def test_changed_text_tokenizer_or_code_never_meets_a_stale_cache(tmp_path, monk
     (tmp_path / "newer.py").write_bytes(Path(data.__file__).read_bytes() + b"# edited\n")
     monkeypatch.setattr(data, "__file__", str(tmp_path / "newer.py"))
     assert files_after(records, a_tokenizer(300)) == 8
+
+
+def test_a_cache_of_the_right_size_but_other_tokens_is_made_again(tmp_path):
+    corpus, tokenizer = corpus_of(tmp_path, mixed_records()), a_tokenizer()
+    before = np.array(encode(corpus, "train", tokenizer, tmp_path / "cache")[0])
+    [path] = (tmp_path / "cache").glob("*.tokens")
+    path.write_bytes(bytes(path.stat().st_size))
+    assert np.array_equal(encode(corpus, "train", tokenizer, tmp_path / "cache")[0], before)
 
 
 def test_an_interrupted_encoding_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -396,6 +404,24 @@ def test_articles_start_at_titles_between_blank_lines_and_lose_nothing(tmp_path_
         expected = ["".join(lines[a:b]) for a, b in pairwise(borders)]
         assert [d.text for d in documents if d.split == split] == expected
     assert len({document.key for document in documents}) == len(documents)
+
+
+def test_articles_may_have_windows_line_ends(tmp_path):
+    text = "".join([BLANK, TITLE, BLANK, " a \n", BLANK, TITLE, BLANK, " b \n"])
+    write_splits(tmp_path / "texts", [text.replace("\n", "\r\n")] * 3)
+    assert len([d for d in data.read_wikitext(tmp_path / "texts") if d.split == "train"]) == 3
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_folder(tmp_path):
+    with pytest.raises(OSError, match="none"):
+        list(data.files_in(tmp_path / "none"))
+
+
+def test_a_file_name_need_not_be_utf8(tmp_path):
+    for name in (b"a.txt", b"b.txt", b"caf\xe9.txt"):
+        (tmp_path / os.fsdecode(name)).write_text(prose(300))
+    corpus = Corpus(str(tmp_path), tmp_path)
+    assert sum(len(list(corpus.documents(split))) for split in SPLITS) > 10
 
 
 def test_sections_of_a_text_file_end_at_lines_and_lose_nothing(tmp_path):
@@ -604,6 +630,8 @@ def test_tensors_that_are_missing_cut_short_or_of_another_origin_are_refused(tmp
     path = tmp_path / "t.safetensors"
     fails_in_one_line(lambda: read_tensors(path), str(path), "is missing")
     write_tensors(path, {"a": torch.zeros(9, 9)}, {"step": 1})
+    write_json(tmp_path / "a.json", 1)
+    assert path.stat().st_mode == (tmp_path / "a.json").stat().st_mode  # as the umask has it
     whole = path.read_bytes()
     for size in (0, 5, 40, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])

@@ -20,7 +20,7 @@ from cache import CompanyCacheHead
 from common import label, load_adapter, open_corpus, open_run, share_trunk
 from conftest import with_base
 from data import Examples, Tokenizer, load_examples
-from files import UserError, read_tensors
+from files import UserError, read_tensors, write_tensors
 from flags import ALONE, METHODS
 from hypernet import ChameleonHead
 from scoring import held_out_company, score, summed
@@ -134,10 +134,38 @@ def test_what_cannot_be_asked_of_a_run_is_told_in_a_line(run):
     folder, _ = run
     for asked, why in ((["--sweep", "noise", "--seed", "5"], "no adapter with seed 5"),
                        (["--sweep", "noise", "--on", "pydocs"], "not allowed with"),
-                       (["--methods", "lora"], "goes with --sweep")):
+                       (["--methods", "lora"], "--methods goes with --sweep"),
+                       (["--base-only"], "--base-only goes with --prompts"),
+                       (["--prompts", "-", "--assign", "--clusters", "2"], "leave one out")):
         with pytest.raises(UserError, match=why):
             eval.main([str(folder), *asked])
     assert not list(folder.glob("sweep-*"))
+
+
+def test_scores_of_one_text_are_not_written_over_those_of_another(run, tmp_path):
+    folder, arguments = run
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        text = "\n".join(f"{name} river {i}" for i in range(400))
+        (tmp_path / name / "foo.txt").write_text(text)
+    eval.main([str(folder), "--on", str(tmp_path / "a" / "foo.txt")])
+    before = (folder / "on-foo" / "results.json").read_bytes()
+    with pytest.raises(UserError, match="on-foo holds the scores of another text"):
+        eval.main([str(folder), "--on", str(tmp_path / "b" / "foo.txt")])
+    eval.main([str(folder), "--on", str(tmp_path / "a" / "foo.txt")])
+    assert json.loads(before)["data"] in (folder / "on-foo" / "results.json").read_text()
+
+
+def test_an_adapter_that_has_gone_wrong_leaves_the_others_their_table(run, capsys):
+    folder, _ = run
+    path = folder / "adapters" / "lora-seed0.safetensors"
+    tensors, info = read_tensors(path)
+    tensors["lm_head.lora_B"] += 1e6 * torch.randn_like(tensors["lm_head.lora_B"])
+    write_tensors(path, tensors, info)
+    entries = {(e["name"], e["seed"]): e["test"] for e in eval.main([str(folder)])}
+    assert entries["lora", 0]["loss"] > 1000 and entries["lora", 0]["perplexity"] is None
+    assert entries["lora", 1]["perplexity"] == math.exp(entries["lora", 1]["loss"])
+    assert (folder / "results.md").read_text() in capsys.readouterr().out
 
 
 def test_requests_are_assigned_where_clusters_are_stored_and_company_cache_is_clustered(run):

@@ -88,6 +88,16 @@ def test_with_a_constant_output_it_is_lora():
     torch.testing.assert_close(logits, lora(hidden, lora.updates()))
 
 
+def test_a_direction_that_never_varied_in_training_says_nothing():
+    head = head_of("full")
+    head.spread[2] = 0
+    statistics = torch.randn(1, C, dtype=torch.float64)
+    moved = statistics.clone()
+    moved[0, 2] += 100
+    for here, there in zip(head.updates(statistics)[0], head.updates(moved)[0], strict=True):
+        assert torch.equal(here, there)
+
+
 def test_an_unknown_form_is_refused():
     with pytest.raises(ValueError, match="full or light"):
         ChameleonHead(torch.randn(V, C), r, 1.0, "other")

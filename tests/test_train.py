@@ -491,7 +491,7 @@ def test_a_deleted_adapter_is_trained_anew_and_ends_the_same(arguments, finished
 def test_a_damaged_record_costs_no_other(arguments, finished):
     log = finished / "metrics.jsonl"
     first, second, *rest = log.read_text().splitlines()
-    log.write_text("\n".join([first, second[:20], *rest]) + "\n")
+    log.write_bytes("\n".join([first, second[:20], *rest]).encode() + b"\n{}\n\xff\n")
     train.main([*arguments, "--methods", "scaled"])
     assert log.read_text().splitlines()[: 1 + len(rest)] == [first, *rest]
 
@@ -504,6 +504,16 @@ def test_cut_states_of_a_trunk_are_made_again(arguments, finished):
         path.write_bytes(before[path][:-10])
     train.main(shared)
     assert len(before) == 3 and all(path.read_bytes() == before[path] for path in before)
+
+
+def test_a_full_disk_leaves_no_half_of_a_trunks_states(arguments, finished, monkeypatch):
+    def full(file, start, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space"):
+        train.main([*arguments, "--trunk", "shared", "--methods", "lora"])
+    assert not [p for p in (finished / "cache").iterdir() if "float32" in p.name]
 
 
 def test_a_torn_record_and_a_torn_cache_are_mended(
@@ -758,6 +768,13 @@ def test_what_is_unfinished_is_told_at_the_end(arguments, tmp_path, monkeypatch,
     capsys.readouterr()
     train.main([*arguments, "--methods", "lora"])
     assert "chameleon-seed0.state.safetensors is unfinished" in capsys.readouterr().out
+
+
+def test_what_would_be_another_method_under_its_name_is_refused(arguments):
+    for flags, why in ((["--methods", "task-embedding"], "has no instructions"),
+                       (["--told", "shuffled", "--cluster-size", "9999"], "one cluster alone")):
+        with pytest.raises(UserError, match=why):
+            train.main([*arguments, *flags])
 
 
 def test_a_condition_needs_instructions_and_adapters_of_before_had_none(arguments, finished):
