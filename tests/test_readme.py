@@ -123,13 +123,14 @@ def test_the_table_of_what_company_is_worth():
             assert row[column] == f"{np.mean(d):+.4f} {said}"
 
 
-@pytest.mark.parametrize("seeds, sentence", [
-    ((0, 1, 2), "it was open ({low} to {high})"),
-    ((5, 6, 7), "say {mean} again ({low} to {high})"),
-    (range(8), "make {mean} over 8 seeds ({low} to {high}, over records"),
+@pytest.mark.parametrize("folder, seeds, sentence", [
+    ("400-steps", (0, 1, 2), "it was open ({low} to {high})"),
+    ("400-steps", (5, 6, 7), "say {mean} again ({low} to {high})"),
+    ("400-steps", range(8), "make {mean} over 8 seeds ({low} to {high}, over records"),
+    ("400-steps-pico", range(3), "makes {mean} ({low} to {high}, over records -0.0160"),
 ])
-def test_the_intervals_of_company_on_alpaca(seeds, sentence):
-    entries = entries_of(RESULTS / "alpaca" / "400-steps", "shared")
+def test_the_intervals_of_company_on_alpaca(folder, seeds, sentence):
+    entries = entries_of(RESULTS / "alpaca" / folder, "shared")
     own, without = (of_method(entries, f"company-cache{told}")
                     for told in ("", ", trained on own prompt only"))
     d = [own[seed]["test"]["loss"] - without[seed]["test"]["loss"] for seed in seeds]
