@@ -143,7 +143,7 @@ def test_what_cannot_be_asked_of_a_run_is_told_in_a_line(run):
 
 
 def test_scores_of_one_text_are_not_written_over_those_of_another(run, tmp_path):
-    folder, arguments = run
+    folder, _ = run
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         text = "\n".join(f"{name} river {i}" for i in range(400))
