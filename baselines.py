@@ -22,7 +22,7 @@ class PerSampleHead(ChameleonHead):
     instruction) it is "task-embedding", a hyper-network that reads a description of the task.
     """
 
-    clustered_batches = False
+    clustered_batches = stores_clusters = False
     controls = ("shuffled",)
 
     def fit_clusters(self, prompts, k, generator):

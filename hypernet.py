@@ -66,7 +66,7 @@ class ClusteredHead(LMHead):
     clusters; all three are measured on the training prompts and kept with the weights.
     """
 
-    needs_statistics = clustered_batches = True
+    needs_statistics = clustered_batches = stores_clusters = True
 
     def __init__(self, weight, n_clusters=1, scope="prompt"):
         super().__init__(weight)

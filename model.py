@@ -144,7 +144,7 @@ class LMHead(nn.Module):
     may be made from statistics of the clusters.
     """
 
-    needs_statistics = clustered_batches = reads_company = False
+    needs_statistics = clustered_batches = reads_company = stores_clusters = False
     controls = ()  # what eval.py may tell it in place of its cluster, see `Company`
 
     def __init__(self, weight):

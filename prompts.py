@@ -40,8 +40,7 @@ def adapt_to(run, model, plan, prompts, inference=None, n_clusters=None):
         prompts = rows_of(run, plan, prompts)
     if not head.needs_statistics:
         return {}, torch.zeros(len(prompts), dtype=torch.int64)
-    stored = head.clustered_batches and not head.reads_company  # are training clusters
-    if len(prompts) == 1 and stored and not plan.get("told"):
+    if len(prompts) == 1 and head.stores_clusters and not plan.get("told"):
         cluster, statistics = head.assigned(
             head.read(prompts.conditioned(plan), run.base.transformer.wte))
         which = torch.zeros_like(cluster)
@@ -91,8 +90,7 @@ def answers(run, args, method, prompts):
                         top_k=args.top_k, **requests,
                         generator=torch.Generator(run.device).manual_seed(args.seed))
     head, cluster = model.lm_head, torch.cat([cluster for _, cluster in told]).tolist()
-    if args.assign and (head.reads_company or not head.clustered_batches
-                        or plan.get("told") == ALONE):
+    if args.assign and (not head.stores_clusters or plan.get("told") == ALONE):
         cluster = list(range(len(prompts)))
     together = len(prompts) > 1 and not args.assign
     hears = head.clustered_batches and plan.get("told") not in (ALONE, "constant")

@@ -257,7 +257,7 @@ def held_out_company(run, model, examples, plan, inference, control=None):
     if not head.needs_statistics:
         return None
     prompts = head.read(examples.conditioned(plan), run.base.transformer.wte)
-    assigned = inference == "assign" and not head.reads_company
+    assigned = inference == "assign" and head.stores_clusters
     k = None if assigned else max(1, round(len(examples) / plan.get("cluster_size", 1)))
     generator = torch.Generator().manual_seed(plan["seed"])
 

@@ -35,10 +35,11 @@ def whole_model(run, model):
 
 def sweep_company(run, model, plan, examples, args):
     """More and more clusters; or always those of 64, of whose members few are told."""
-    fixed = args.sweep == "cluster-size"
+    fixed, company = args.sweep == "cluster-size", None
     for size in SIZES:
-        wanted = plan | {"cluster_size": SIZES[-1] if fixed else size}
-        company = held_out_company(run, model, examples, wanted, "fit")
+        if not (fixed and company):
+            wanted = plan | {"cluster_size": SIZES[-1] if fixed else size}
+            company = held_out_company(run, model, examples, wanted, "fit")
         if fixed:
             company.choose = functools.partial(choose_few, size)
         x = size if fixed else int(company.cluster.max()) + 1
