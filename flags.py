@@ -96,7 +96,7 @@ def train_parser():
     add("--base", default="scratch", help=f"scratch; OpenAI's {', '.join(HUB_BASES)}, kept in "
         "--data-dir; a folder with a GPT-2's config.json and model.safetensors (both with "
         "--tokenizer gpt2; a small --block-size saves memory); or another run's base.safetensors")
-    add("--size", choices=SIZES, help="of a base from scratch: pico 0.26M parameters, nano 2.6M, "
+    add("--size", choices=SIZES, help="of a base from scratch: pico 0.27M parameters, nano 2.6M, "
         "small 12M, medium 27M, gpt2 124M; time grows in proportion (default: nano, on CUDA small)")
     add("--block-size", type=number(int, 4), metavar="T", help="tokens in a row: memory and time "
         "of a step grow in proportion, attention's with its square (default: by size, nano 256)")
