@@ -88,7 +88,8 @@ def score_run(run, args):
 
     def add(model, plan, control=None, path=None):
         name, seed = label(plan), plan.get("seed", 0)
-        if path and not path.with_suffix(".last.safetensors").exists():
+        trained = path or run.folder / "base.safetensors"
+        if not trained.with_suffix(".last.safetensors").exists():
             name += " (unfinished)"
         if control != plan.get("told"):
             name += f", {control}"

@@ -165,8 +165,9 @@ def eval_parser():
     one("--on", metavar="DATA", help="score the jointly trained adapters on another "
         "data set instead, --dataset's names or a path: clusters are made of the requests at hand "
         "there; writes RUN/on-DATA/")
-    one("--sweep", choices=("clusters", "cluster-size", "noise"), help="instead, vary the company "
-        "that requests keep (study.py), of heads on a shared trunk if there are any")
+    one("--sweep", choices=("clusters", "cluster-size", "noise", "written"), help="instead, "
+        "vary the company that requests keep (study.py), of heads on a shared trunk if there are "
+        "any")
     add("--methods", type=methods, metavar="M,M", help="with --sweep: of these alone")
     add("--generations", type=COUNT, metavar="N", help="also continue N test "
         "instructions, greedily, and compare with their responses (needs sacrebleu, rouge-score)")
@@ -195,6 +196,8 @@ def parse_eval(argv=None):
         for name in names:
             if getattr(args, question) is None and getattr(args, name) != parser.get_default(name):
                 raise UserError(f"--{name.replace('_', '-')} goes with --{question}; leave it out")
+    if args.generations and (args.prompts is not None or args.sweep or args.anatomy):
+        raise UserError("--generations goes with a run's scores; leave one out")
     if args.clusters and (args.assign or args.inference == "assign"):
         raise UserError("--clusters makes new ones, and with --assign or --inference assign "
                         "prompts go to the training's; leave one out")

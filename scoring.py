@@ -164,8 +164,10 @@ def scored_bytes(examples, sizes, whole=False):
 
 
 @torch.no_grad()
-def score(run, model, examples, batch_size, company=None, whole=False):
+def score(run, model, examples, batch_size, company=None, whole=False, chosen=None):
     """Score every example: losses (N,) in nats, float64, and scored tokens (N,).
+
+    With `chosen` (N,) only where that is true; the others have 0 of both.
 
     `company` is what the examples keep: a `Company`, chosen for all of them together, so that no
     result depends on `batch_size`, nor on the number of processes.
@@ -174,6 +176,8 @@ def score(run, model, examples, batch_size, company=None, whole=False):
     counts = torch.zeros(len(examples), dtype=torch.int64)
     nll = counts.double()
     order = torch.from_numpy(examples.length).argsort(stable=True)  # little padding in a batch
+    if chosen is not None:
+        order = order[chosen[order]]
     if company and model.lm_head.reads_company and len(company.members) < len(examples):
         # each cluster is read once
         order = order[company.cluster[order].argsort(stable=True)]

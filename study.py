@@ -1,9 +1,11 @@
-"""How much company is worth: `eval.py RUN --sweep clusters|cluster-size|noise`.
+"""How much company is worth: `eval.py RUN --sweep clusters|cluster-size|noise|written`.
 
     clusters      the same weights, k-means into ever more clusters, of 64 members down to 1
     cluster-size  clusters of 64; of each, a request is told n members, itself among them
     noise         a share of all requests is replaced by random tokens, or by text from elsewhere,
                   after clustering; the others, always the same half, are scored
+    written       of a share of its mates a request hears what the model itself has written after
+                  their prompts, or nothing after these, in place of their true continuations
 
 Validation split, the seed of --seed. A head of --trunk shared is put back on its transformer
 where others than its own states have to be read.
@@ -16,14 +18,15 @@ import numpy as np
 import torch
 
 from common import adapter_paths, label, load_adapter
-from data import read_pydocs
+from data import Examples, read_pydocs
 from eval import BESIDE, COLOURS, MARKERS, figure
 from files import UserError, write_json
-from model import HeadAlone
+from model import HeadAlone, generate
 from scoring import held_out_company, score, summed
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-SHARES = (0.0, 0.1, 0.25, 0.5)
+SHARES = (0.0, 0.1, 0.25, 0.5)  # noise
+WRITTEN = (0.0, 0.5, 1.0)
 
 
 def whole_model(run, model):
@@ -56,7 +59,8 @@ def choose_few(size, i, mates):
 def sweep_noise(run, model, plan, examples, args):
     draw = np.random.default_rng(0)
     order = draw.permutation(len(examples))
-    scored = np.sort(order[len(order) // 2 :])
+    scored = torch.zeros(len(order), dtype=torch.bool)
+    scored[order[len(order) // 2 :]] = True
     text = "\n\n".join(document.text for document in read_pydocs()[:400])
     elsewhere = np.array(run.tokenizer.encode(text))
     sources = {"random tokens": draw.integers(0, run.tokenizer.vocab_size, len(elsewhere)),
@@ -72,13 +76,51 @@ def sweep_noise(run, model, plan, examples, args):
                 tokens[row] = source[start : start + examples.length[i]]
             noisy = replace(examples, tokens=tokens)
             company.prompts = model.lm_head.read(noisy.conditioned(plan), run.base.transformer.wte)
-            nll, counts = score(run, model, noisy, args.batch_size, company)
-            yield kind, share, summed(nll[scored], counts[scored])["loss"]
+            yield kind, share, summed(*score(
+                run, model, noisy, args.batch_size, company, chosen=scored))["loss"]
 
 
+def sweep_written(run, model, plan, examples, args):
+    """Every request is scored on its true text; what changes is what it hears of its mates."""
+    model, examples, N = whole_model(run, model), replace(examples, states=None), len(examples)
+    company = held_out_company(run, model, examples, plan, plan["inference"])
+    generator = torch.Generator(run.device).manual_seed(args.seed)
+    prompts = [examples.tokens[a : a + n].tolist()
+               for a, n in zip(examples.start, examples.prompt, strict=True)]
+    room, written = examples.length - examples.prompt, [[]] * N
+    for members in company.members:
+        hears = torch.ones(len(members), len(members), dtype=torch.bool, device=run.device)
+        with run.autocast:
+            texts = generate(model, [prompts[i] for i in members], int(room[members].max()),
+                             cluster=hears, temperature=args.temperature, top_k=args.top_k,
+                             stop_token=run.tokenizer.end, generator=generator)
+        for i, text in zip(members.tolist(), texts, strict=True):
+            written[i] = text[: room[i]]
+    place = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    for kind, texts in (("written by the model", written), ("not known", [[]] * N)):
+        rows = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        length = np.array([len(row) for row in rows])
+        company.prompts = both = Examples(  # row N + i is row i with another continuation
+            np.concatenate([examples.tokens, *rows]),
+            np.append(examples.start, len(examples.tokens) + length.cumsum() - length),
+            np.append(examples.length, length), np.tile(examples.prompt, 2),
+            np.tile(examples.article, 2))
+        for share in WRITTEN:
+            company.choose = functools.partial(choose_other, N * (place < round(share * N)))
+            yield kind, share, summed(*score(run, model, both, args.batch_size, company,
+                                             chosen=torch.arange(2 * N) < N))["loss"]
+
+
+def choose_other(other, i, mates):
+    """Row i and its mates, of these the row that is other[mate] farther on."""
+    return mates + other[mates] * (mates != i)
+
+
+DASHED = ("random tokens", "not known")
 SWEEPS = {"clusters": (sweep_company, "clusters of the validation requests"),
           "cluster-size": (sweep_company, "requests that a statistic is made of, at most"),
-          "noise": (sweep_noise, "share of requests that were replaced")}
+          "noise": (sweep_noise, "share of requests that were replaced"),
+          "written": (sweep_written, "share of mates whose continuation is not the true one")}
 
 
 def sweep(run, args):
@@ -91,6 +133,7 @@ def sweep(run, args):
             break
         wanted = "own prompt only" in model.lm_head.controls or (
             kind == "noise" and plan["method"] == "per-sample")
+        wanted &= kind != "written" or model.lm_head.reads_company  # others hear prompts alone
         if not wanted or plan.get("told") or plan["seed"] != args.seed or (
                 args.methods and plan["method"] not in args.methods):
             continue
@@ -114,11 +157,11 @@ def draw(records, kind, path):
     methods = list(dict.fromkeys(method for method, _ in curves))
     with figure(path, SWEEPS[kind][1], "validation loss (nats per token)", **BESIDE) as axes:
         for (method, variant), curve in curves.items():
-            i, style = methods.index(method), "--" if variant.startswith("random") else "-"
+            i, style = methods.index(method), "--" if variant in DASHED else "-"
             axes.plot(*zip(*sorted(curve.items()), strict=True), MARKERS[i % 8] + style,
                       color=COLOURS[i % 7], markersize=5,
                       label=", ".join(filter(None, (method, variant))))
-        if kind != "noise":
+        if kind.startswith("cluster"):
             axes.set_xscale("log", base=2)
         low, high = axes.get_ylim()
         middle, half = (low + high) / 2, max((high - low) / 2, 0.005)  # noise is not to fill it

@@ -114,10 +114,15 @@ def test_heads_on_a_shared_trunk_are_compared_pairwise_and_swept(run, capsys):
     worth = np.mean([e["test"]["loss"] * (1 if e["name"] == "company-cache" else -1) * 2
                      for e in entries if e["name"] in ("company-cache", f"company-cache, {alone}")])
     assert f"| company-cache | {alone} | {worth:+.4f} |" in table
-    for kind in ("clusters", "cluster-size", "noise"):
+    for kind in ("written", "clusters", "cluster-size", "noise"):
         records = eval.main([str(folder), "--sweep", kind])
         assert (folder / f"sweep-{kind}.png").exists()
-        assert {r["method"] for r in records} >= {"chameleon", "company-cache"}
+        assert {r["method"] for r in records} >= {"chameleon", "company-cache"} or kind == "written"
+        if kind == "written":  # of no mate: the table's score
+            same = [e["validation"]["loss"] for e in entries
+                    if (e["name"], e["seed"]) == ("company-cache", 0)]
+            assert {r["method"] for r in records} == {"company-cache"}
+            assert [r["loss"] for r in records if r["x"] == 0] == pytest.approx(2 * same, rel=1e-6)
         if kind == "cluster-size":
             for r in (r for r in records if r["x"] == 1):  # of one member: the request itself
                 same = [e for e in entries if e["name"] == f"{r['method']}, own prompt only"
@@ -136,6 +141,7 @@ def test_what_cannot_be_asked_of_a_run_is_told_in_a_line(run):
                        (["--sweep", "noise", "--on", "pydocs"], "not allowed with"),
                        (["--methods", "lora"], "--methods goes with --sweep"),
                        (["--base-only"], "--base-only goes with --prompts"),
+                       (["--sweep", "noise", "--generations", "2"], "leave one out"),
                        (["--prompts", "-", "--assign", "--clusters", "2"], "leave one out")):
         with pytest.raises(UserError, match=why):
             eval.main([str(folder), *asked])
