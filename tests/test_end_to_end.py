@@ -135,6 +135,16 @@ def test_heads_on_a_shared_trunk_are_compared_pairwise_and_swept(run, capsys):
     assert alone == clean  # nobody else's noise reaches it
 
 
+def test_what_is_not_trained_to_its_end_is_called_unfinished(run):
+    folder, _ = run
+    (folder / "base.last.safetensors").unlink()
+    for path in (folder / "adapters").glob("*"):
+        if not path.name.startswith("lora-seed0") or ".last." in path.name:
+            path.unlink()
+    assert [e["name"] for e in eval.main([str(folder)])] == [
+        "frozen (unfinished)", "lora (unfinished)"]
+
+
 def test_what_cannot_be_asked_of_a_run_is_told_in_a_line(run):
     folder, _ = run
     for asked, why in ((["--sweep", "noise", "--seed", "5"], "no adapter with seed 5"),
