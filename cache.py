@@ -100,29 +100,49 @@ class CacheHead(LMHead):
         mates'; match (q,), how well it matches, is the logarithm of exp(score)'s mean."""
         return self.share.expand(match.shape)
 
-    def memories(self, b, queries, hidden, statistics, knows):
-        """What is remembered at the positions `queries` (q,) of row b, by itself and by its mates:
-        a `Memory` of each that has anything to remember; and the logarithm (q,) of the share that
-        they leave to the head."""
-        near = knows[b].nonzero()[:, 0]
-        h, now = hidden[b, queries], statistics[b, queries, 1, None]  # (q, C), (q, 1)
-        q = (h.float() * (self.log_t.exp() / math.sqrt(h.shape[1]))).to(h.dtype)
-        found, gates = [], [torch.zeros(len(queries), device=hidden.device)]
-        for memory, rows in enumerate((near[near == b], near[near != b])):
-            token, place = statistics[rows].flatten(0, 1).unbind(1)  # (rows T,)
-            if self.scope == "running":
-                known = place < now  # (q, rows T)
-            else:
-                known = (place < (0 if self.scope == "prompt" else NEVER)).expand(len(queries), -1)
-            ever = known.any(dim=0)
-            keys, known = hidden[rows].flatten(0, 1)[ever], known[:, ever]  # (n, C), (q, n)
-            if len(keys) == 0:
+    def memories(self, queries, hidden, statistics, knows):
+        """What each row b remembers at its positions queries[b] (q,), if there are any: yields b,
+        the `Memory`s of its own and of its mates' tokens, as far as there are such, and the
+        logarithm (q,) of the share that they leave to the head.
+        """
+        T, scale = hidden.shape[1], self.log_t.exp() / math.sqrt(hidden.shape[2])
+        which = knows.cpu().unique(dim=0, return_inverse=True)[1]  # alike: these know the same rows
+        for alike in which.argsort(stable=True).split(which.bincount().tolist()):
+            asking = [b for b in alike.tolist() if len(queries[b])]
+            if not asking:
                 continue
-            scores = (q @ keys.T).float().where(known, -1e9)  # (q, C) @ (C, n) -> (q, n)
-            total, n = scores.logsumexp(dim=1), known.sum(dim=1)
+            near = knows[asking[0]].nonzero()[:, 0]
+            token, place = statistics[near].flatten(0, 1).unbind(1)  # (near T,)
+            ever = (place < (0 if self.scope == "prompt" else NEVER)).nonzero()[:, 0]  # (n,)
+            token, place, whose = token[ever], place[ever], near[ever // T]
+            keys = hidden[near].flatten(0, 1)[ever]  # (n, C)
+            # Rows that ask little, as in decoding, ask together: the keys are read once.
+            size = max(1, T // max(len(queries[b]) for b in asking))
+            for some in (asking[i : i + size] for i in range(0, len(asking), size)):
+                asked = torch.cat([hidden[b, queries[b]] for b in some])  # (Q, C)
+                q = (asked.float() * scale).to(asked.dtype)
+                lengths = [len(queries[b]) for b in some]
+                parts = (x.split(lengths) for x in (asked, (q @ keys.T).float()))  # (Q, n)
+                for b, h, scores in zip(some, *parts, strict=True):  # (q, C), (q, n)
+                    known = torch.ones_like(scores, dtype=torch.bool)
+                    if self.scope == "running":
+                        known = place < statistics[b, queries[b], 1, None]
+                    yield b, *self.weighed(h, scores, known, token, whose == b)
+
+    def weighed(self, hidden, scores, known, token, own):
+        """Two `Memory`s, or fewer, and the logarithm of the head's share, of hidden (q, C), scores
+        and known (q, n), token (n,) and own (n,), which says whose a token is."""
+        gates, found = [torch.zeros(len(hidden), device=hidden.device)], []
+        split = (scores[:, own], known[:, own], token[own]), (scores, known & ~own, token)
+        for memory, (scores, known, token) in enumerate(split):
+            n = known.sum(dim=1)
+            if not n.any():
+                continue
+            scores = scores.where(known, -1e9)
+            total = scores.logsumexp(dim=1)
             match = (total - n.clamp(min=1).log()).where(n > 0, 0)
-            gates.append(self.gate(h, match, memory).float().where(n > 0, -1e9))
-            found.append(Memory(scores, token[ever], gates[-1] - total))
+            gates.append(self.gate(hidden, match, memory).float().where(n > 0, -1e9))
+            found.append(Memory(scores, token, gates[-1] - total))
         return found, -torch.stack(gates).logsumexp(dim=0)
 
     def recall(self, hidden, statistics, knows, targets, wanted):
@@ -133,16 +153,14 @@ class CacheHead(LMHead):
         to be remembered nor to ask: it is taken as it is.
         """
         hidden, zero = hidden.detach(), torch.zeros(targets.shape[1], 2, device=hidden.device)
-        rows = []
-        for b in range(len(hidden)):
-            queries = wanted[b].nonzero()[:, 0]
-            memories, log_share = self.memories(b, queries, hidden, statistics, knows)
-            target = targets[b, queries, None]  # (q, 1)
+        queries, rows = [own.nonzero()[:, 0] for own in wanted], [zero] * len(targets)
+        for b, memories, log_share in self.memories(queries, hidden, statistics, knows):
+            target = targets[b, queries[b], None]  # (q, 1)
             log_extra = [torch.full_like(log_share, -1e9)]  # nothing to remember
             for scores, token, offset in memories:
                 log_extra.append(offset + scores.where(token == target, -1e9).logsumexp(dim=1))
             found = torch.stack([torch.stack(log_extra).logsumexp(dim=0), log_share], dim=1)
-            rows.append(zero.index_add(0, queries, found))  # (q, 2) -> (T, 2)
+            rows[b] = zero.index_add(0, queries[b], found)  # (q, 2) -> (T, 2)
         return torch.stack(rows).unbind(2)  # (B, T)
 
     def forward(self, hidden, updates=(), knows=None, statistics=None, first=0):
@@ -150,14 +168,14 @@ class CacheHead(LMHead):
         up to a constant."""
         log_p = super().forward(hidden[:, first:], updates).float().log_softmax(dim=2)
         queries = torch.arange(first, hidden.shape[1], device=hidden.device)
-        rows = []
-        for b, own in enumerate(log_p):  # (q, V)
-            memories, log_share = self.memories(b, queries, hidden, statistics, knows)
-            p = (own + log_share[:, None]).exp()
+        rows = [None] * len(log_p)
+        for b, memories, log_share in self.memories(
+                [queries] * len(rows), hidden, statistics, knows):
+            p = (log_p[b] + log_share[:, None]).exp()  # (q, V)
             for scores, token, offset in memories:
                 share = (scores + (offset + log_share)[:, None]).exp()  # (q, n)
                 p = p.index_add(1, token, share)  # (q, n) -> (q, V)
-            rows.append(p)
+            rows[b] = p
         return torch.stack(rows).log()
 
 
