@@ -140,6 +140,22 @@ def test_the_intervals_of_company_on_alpaca(folder, seeds, sentence):
     assert said in " ".join(README.split())
 
 
+def test_what_is_left_of_company_where_the_model_writes():
+    folder, prose = RESULTS / "pydocs", " ".join(README.split())
+    swept = {(r["variant"], r["x"]): r["loss"]
+             for r in json.loads((folder / "sweep-written.json").read_text(encoding="utf-8"))}
+    true, heard, written = (swept[key] for key in (
+        ("not known", 0.0), ("not known", 1.0), ("written by the model", 1.0)))
+    alone, = (e["validation"]["loss"] for e in entries_of(folder)
+              if e["name"] == "company-cache, own prompt only")
+    said = re.search(r"has (\S+) among true mates, (\S+) where .*? alone, (\S+) where .*? and (\S+) "
+                     r"on its own history alone", prose).groups()
+    assert said == tuple(f"{loss:.4f}" for loss in (true, heard, written, alone))
+    shares = [(alone - loss) / (alone - true) for loss in (written, heard)]
+    assert shares == pytest.approx([3 / 5, 3 / 4], abs=0.02)
+    assert "three fifths of what company is worth are left, and three quarters where" in prose
+
+
 def test_how_many_rows_do_not_notice_a_wrong_cluster():
     shares = []
     for dataset in ("wikitext2", "alpaca"):
