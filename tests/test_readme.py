@@ -148,8 +148,8 @@ def test_what_is_left_of_company_where_the_model_writes():
         ("not known", 0.0), ("not known", 1.0), ("written by the model", 1.0)))
     alone, = (e["validation"]["loss"] for e in entries_of(folder)
               if e["name"] == "company-cache, own prompt only")
-    said = re.search(r"has (\S+) among true mates, (\S+) where .*? alone, (\S+) where .*? and (\S+) "
-                     r"on its own history alone", prose).groups()
+    said = re.search(r"has (\S+) among true mates, (\S+) where .*? alone, (\S+) where .*? and "
+                     r"(\S+) on its own history alone", prose).groups()
     assert said == tuple(f"{loss:.4f}" for loss in (true, heard, written, alone))
     shares = [(alone - loss) / (alone - true) for loss in (written, heard)]
     assert shares == pytest.approx([3 / 5, 3 / 4], abs=0.02)
