@@ -37,11 +37,11 @@ GATE_SCALE = 10  # AdamW moves all numbers alike, and the gates' have the longes
 
 
 class Memory(NamedTuple):
-    """n tokens, remembered at q positions, with a weight of e^gate beside the head's 1."""
+    """n tokens, remembered at q positions: weights power e^offset beside the head's 1."""
 
-    p: torch.Tensor  # (q, n), the softmax over what is known; 0 where a token is not known yet
+    power: torch.Tensor  # (q, n), e^score up to a factor; 0 where a token is not known yet
     token: torch.Tensor  # (n,)
-    gate: torch.Tensor  # (q,)
+    offset: torch.Tensor  # (q,), the memory's gate less the logarithm of its powers' sum
 
 
 class CacheHead(LMHead):
@@ -100,51 +100,55 @@ class CacheHead(LMHead):
         mates'; match (q,), how well it matches, is the logarithm of exp(score)'s mean."""
         return self.share.expand(match.shape)
 
-    def memories(self, queries, hidden, statistics, knows):
-        """What each row b remembers at its positions queries[b] (q,), if there are any: yields b,
-        the `Memory`s of its own and of its mates' tokens, as far as there are such, and the
-        logarithm (q,) of the share that they leave to the head.
+    def memories(self, wanted, hidden, statistics, knows):
+        """What is remembered at the positions `wanted` (B, T), of some rows after the other.
+
+        Yields the row and the position (Q,) of each, the `Memory`s of a row's own and of its mates'
+        tokens, as far as there are such, and the logarithm (Q,) of the share that they leave to the
+        head.
         """
         T, scale = hidden.shape[1], self.log_t.exp() / math.sqrt(hidden.shape[2])
-        which = knows.cpu().unique(dim=0, return_inverse=True)[1]  # alike: these know the same rows
-        for alike in which.argsort(stable=True).split(which.bincount().tolist()):
-            asking = [b for b in alike.tolist() if len(queries[b])]
-            if not asking:
-                continue
-            near = knows[asking[0]].nonzero()[:, 0]
+        asked = wanted.sum(dim=1).cpu()
+        which = knows.cpu().unique(dim=0, return_inverse=True)[1]  # one number for equal rows
+        for k in which[asked > 0].unique():
+            alike = (asked * (which == k)).nonzero()[:, 0].to(hidden.device)
+            near = knows[alike[0]].nonzero()[:, 0]
             token, place = statistics[near].flatten(0, 1).unbind(1)  # (near T,)
             ever = (place < (0 if self.scope == "prompt" else NEVER)).nonzero()[:, 0]  # (n,)
             token, place, whose = token[ever], place[ever], near[ever // T]
             keys = hidden[near].flatten(0, 1)[ever]  # (n, C)
-            # Rows that ask little, as in decoding, ask together: the keys are read once.
-            size = max(1, T // max(len(queries[b]) for b in asking))
-            for some in (asking[i : i + size] for i in range(0, len(asking), size)):
-                asked = torch.cat([hidden[b, queries[b]] for b in some])  # (Q, C)
-                q = (asked.float() * scale).to(asked.dtype)
-                lengths = [len(queries[b]) for b in some]
-                parts = (x.split(lengths) for x in (asked, (q @ keys.T).float()))  # (Q, n)
-                for b, h, scores in zip(some, *parts, strict=True):  # (q, C), (q, n)
-                    known = torch.ones_like(scores, dtype=torch.bool)
-                    if self.scope == "running":
-                        known = place < statistics[b, queries[b], 1, None]
-                    yield b, *self.weighed(h, scores, known, token, whose == b)
+            # Rows that ask little, as in decoding, ask together: the keys are read once. At most T
+            # at a time, so that there are no more scores than one whole row's.
+            for rows in alike.split(max(1, T // int(asked[which == k].max()))):
+                row, at = wanted[rows].nonzero().unbind(1)
+                row = rows[row]
+                h = hidden[row, at]  # (Q, C)
+                q = (h.float() * scale).to(h.dtype)
+                scores = (q @ keys.T).float()  # (Q, C) @ (C, n) -> (Q, n)
+                known = torch.ones_like(scores, dtype=torch.bool)
+                if self.scope == "running":
+                    known = place < statistics[row, at, 1, None]
+                own = whose == row[:, None]  # (Q, n)
+                parts = [(scores, known & own, token), (scores, known & ~own, token)]
+                if len(rows) == 1:
+                    parts[0] = tuple(part[..., whose == rows] for part in parts[0])
+                yield row, at, *self.weighed(h, parts)
 
-    def weighed(self, hidden, scores, known, token, own):
-        """Two `Memory`s, or fewer, and the logarithm of the head's share, of hidden (q, C), scores
-        and known (q, n), token (n,) and own (n,), which says whose a token is."""
+    def weighed(self, hidden, parts):
+        """`Memory`s, and the logarithm (Q,) of the share that they leave to the head; parts, for a
+        row's own and its mates': scores (Q, n), whether they count (Q, n), and the tokens (n,)."""
         gates, found = [torch.zeros(len(hidden), device=hidden.device)], []
-        split = (scores[:, own], known[:, own], token[own]), (scores, known & ~own, token)
-        for memory, (scores, known, token) in enumerate(split):
+        for memory, (scores, known, token) in enumerate(parts):
             n = known.sum(dim=1)
             if not n.any():
                 continue
             top = scores.detach().where(known, -1e9).amax(dim=1, keepdim=True)
             # A CPU takes ten times as long for powers that are no normal numbers: e^-70 is one.
-            powers = (scores - top).clamp(-70, 0).exp() * known
-            total = powers.sum(dim=1, keepdim=True).clamp(min=1)
-            match = ((top + total.log())[:, 0] - n.clamp(min=1).log()).where(n > 0, 0)
+            power = (scores - top).clamp(-70, 0).exp() * known
+            total = power.sum(dim=1).clamp(min=1).log()  # without any known 0, else 1 and more
+            match = (top[:, 0] + total - n.clamp(min=1).log()).where(n > 0, 0)
             gates.append(self.gate(hidden, match, memory).float().where(n > 0, -1e9))
-            found.append(Memory(powers / total, token, gates[-1]))
+            found.append(Memory(power, token, gates[-1] - total))
         return found, -torch.stack(gates).logsumexp(dim=0)
 
     def recall(self, hidden, statistics, knows, targets, wanted):
@@ -154,31 +158,32 @@ class CacheHead(LMHead):
         In logarithms, as a memory's weight may be past float32. The transformer is trained neither
         to be remembered nor to ask: it is taken as it is.
         """
-        hidden, zero = hidden.detach(), torch.zeros(targets.shape[1], 2, device=hidden.device)
-        queries, rows = [own.nonzero()[:, 0] for own in wanted], [zero] * len(targets)
-        for b, memories, log_share in self.memories(queries, hidden, statistics, knows):
-            target = targets[b, queries[b], None]  # (q, 1)
+        found = torch.zeros(*targets.shape, 2, device=hidden.device)
+        for row, at, memories, log_share in self.memories(
+                wanted, hidden.detach(), statistics, knows):
+            target = targets[row, at, None]  # (Q, 1)
             log_extra = [torch.full_like(log_share, -1e9)]  # nothing to remember
-            for p, token, gate in memories:
-                right = (p * (token == target)).sum(dim=1)
-                log_extra.append(gate + right.where(right > 0, 1).log().where(right > 0, -1e9))
-            found = torch.stack([torch.stack(log_extra).logsumexp(dim=0), log_share], dim=1)
-            rows[b] = zero.index_add(0, queries[b], found)  # (q, 2) -> (T, 2)
-        return torch.stack(rows).unbind(2)  # (B, T)
+            for power, token, offset in memories:
+                right = (power * (token == target)).sum(dim=1)
+                log_extra.append(offset + right.where(right > 0, 1).log().where(right > 0, -1e9))
+            here = torch.stack([torch.stack(log_extra).logsumexp(dim=0), log_share], dim=1)
+            found = found.index_put((row, at), here)  # (Q, 2) -> (B, T, 2)
+        return found.unbind(2)
 
     def forward(self, hidden, updates=(), knows=None, statistics=None, first=0):
         """Log-probabilities (B, T - first, V) of the positions from `first` on; logits are the same
         up to a constant."""
         log_p = super().forward(hidden[:, first:], updates).float().log_softmax(dim=2)
-        queries = torch.arange(first, hidden.shape[1], device=hidden.device)
-        rows = [None] * len(log_p)
-        for b, memories, log_share in self.memories(
-                [queries] * len(rows), hidden, statistics, knows):
-            rows[b] = (log_p[b] + log_share[:, None]).exp()  # (q, V)
-            for p, token, gate in memories:
-                share = (gate + log_share).exp()[:, None] * p  # (q, n)
-                rows[b] = rows[b].index_add(1, token, share)  # (q, n) -> (q, V)
-        return torch.stack(rows).log()
+        wanted = (torch.arange(hidden.shape[1], device=hidden.device) >= first).expand(
+            hidden.shape[:2])
+        places, p = [], []
+        for row, at, memories, log_share in self.memories(wanted, hidden, statistics, knows):
+            places.append(row * log_p.shape[1] + at - first)  # of B (T - first)
+            p.append((log_p.flatten(0, 1)[places[-1]] + log_share[:, None]).exp())  # (Q, V)
+            for power, token, offset in memories:
+                share = (offset + log_share).exp()[:, None] * power  # (Q, n)
+                p[-1] = p[-1].index_add(1, token, share)  # (Q, n) -> (Q, V)
+        return torch.cat(p)[torch.cat(places).argsort()].view_as(log_p).log()
 
 
 class CompanyCacheHead(CacheHead):

@@ -22,7 +22,7 @@ from data import Examples, read_pydocs
 from eval import BESIDE, COLOURS, MARKERS, figure
 from files import UserError, write_json
 from model import HeadAlone, generate
-from scoring import held_out_company, score, summed
+from scoring import Company, held_out_company, score, summed
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 SHARES = (0.0, 0.1, 0.25, 0.5)  # noise
@@ -81,42 +81,65 @@ def sweep_noise(run, model, plan, examples, args):
 
 
 def sweep_written(run, model, plan, examples, args):
-    """Every request is scored on its true text; what changes is what it hears of its mates."""
+    """Every request is scored on its true text; what changes is what it hears of its mates.
+
+    They write all together, each cluster in step, and so hear what the request has written too,
+    not the true text that it is scored on.
+    """
     model, examples, N = whole_model(run, model), replace(examples, states=None), len(examples)
-    company = held_out_company(run, model, examples, plan, plan["inference"])
-    generator = torch.Generator(run.device).manual_seed(args.seed)
+    cluster = held_out_company(run, model, examples, plan, plan["inference"]).cluster
     prompts = [examples.tokens[a : a + n].tolist()
                for a, n in zip(examples.start, examples.prompt, strict=True)]
-    room, written = examples.length - examples.prompt, [[]] * N
-    for members in company.members:
-        hears = torch.ones(len(members), len(members), dtype=torch.bool, device=run.device)
-        with run.autocast:
-            texts = generate(model, [prompts[i] for i in members], int(room[members].max()),
-                             cluster=hears, temperature=args.temperature, top_k=args.top_k,
-                             stop_token=run.tokenizer.end, generator=generator)
-        for i, text in zip(members.tolist(), texts, strict=True):
-            written[i] = text[: room[i]]
+    written = [[]] * N
+    for i, text in write(run, model, prompts, examples, cluster, args):
+        written[i] = text
     place = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     for kind, texts in (("written by the model", written), ("not known", [[]] * N)):
         rows = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
         length = np.array([len(row) for row in rows])
-        company.prompts = both = Examples(  # row N + i is row i with another continuation
+        both = Examples(  # row N + i is row i with another continuation
             np.concatenate([examples.tokens, *rows]),
             np.append(examples.start, len(examples.tokens) + length.cumsum() - length),
             np.append(examples.length, length), np.tile(examples.prompt, 2),
             np.tile(examples.article, 2))
-        for share in WRITTEN:
-            company.choose = functools.partial(choose_other, N * (place < round(share * N)))
-            yield kind, share, summed(*score(run, model, both, args.batch_size, company,
-                                             chosen=torch.arange(2 * N) < N))["loss"]
+        for control in (None, "no later rows")[: 1 + (len(set(examples.article)) < N)]:
+            company = Company(model.lm_head, both, cluster, control, None, examples.article)
+            heard = company.choose or (lambda i, mates: mates)
+            for share in WRITTEN:
+                other = N * (place < round(share * N))
+                company.choose = functools.partial(choose_other, heard, other)
+                yield ", ".join(filter(None, (kind, control))), share, summed(*score(
+                    run, model, both, args.batch_size, company,
+                    chosen=torch.arange(2 * N) < N))["loss"]
 
 
-def choose_other(other, i, mates):
-    """Row i and its mates, of these the row that is other[mate] farther on."""
+def write(run, model, prompts, examples, cluster, args):
+    """(i, what the model writes after prompt i, in the room that row i has for it)."""
+    generator = torch.Generator(run.device).manual_seed(args.seed)
+    room, context = examples.length - examples.prompt, model.config.block_size
+    for k in range(int(cluster.max()) + 1):
+        members = [i for i in (cluster == k).nonzero()[:, 0].tolist() if len(prompts[i]) < context]
+        if not members:
+            continue
+        most = int(room[members].max())
+        knows = torch.ones(len(members), len(members), dtype=torch.bool, device=run.device)
+        with run.autocast:
+            texts = generate(model, [prompts[i] for i in members], most, cluster=knows,
+                             temperature=args.temperature, top_k=args.top_k,
+                             stop_token=run.tokenizer.end, generator=generator)
+        for i, text in zip(members, texts, strict=True):
+            ended = len(text) < min(most, context - len(prompts[i]))  # and that is heard as well
+            yield i, (text + [run.tokenizer.end] * ended)[: room[i]]
+
+
+def choose_other(heard, other, i, mates):
+    """Of the mates that row i hears, itself and, other[mate] farther on, the other rows."""
+    mates = heard(i, mates)
     return mates + other[mates] * (mates != i)
 
 
-DASHED = ("random tokens", "not known")
+STYLES = {"random tokens": "--", "not known": "--", "written by the model, no later rows": "-.",
+          "not known, no later rows": ":"}
 SWEEPS = {"clusters": (sweep_company, "clusters of the validation requests"),
           "cluster-size": (sweep_company, "requests that a statistic is made of, at most"),
           "noise": (sweep_noise, "share of requests that were replaced"),
@@ -133,7 +156,8 @@ def sweep(run, args):
             break
         wanted = "own prompt only" in model.lm_head.controls or (
             kind == "noise" and plan["method"] == "per-sample")
-        wanted &= kind != "written" or model.lm_head.reads_company  # others hear prompts alone
+        if kind == "written":  # the others hear prompts alone
+            wanted &= model.lm_head.reads_company and model.lm_head.scope != "prompt"
         if not wanted or plan.get("told") or plan["seed"] != args.seed or (
                 args.methods and plan["method"] not in args.methods):
             continue
@@ -143,8 +167,9 @@ def sweep(run, args):
                             "variant": variant, "x": x, "loss": loss})
             print(f"{label(plan)}, seed {plan['seed']} {variant} {x}: {loss:.4f}", flush=True)
     if not records:
+        what = "hears how its mates go on" if kind == "written" else "is told of a cluster"
         raise UserError(f"--sweep {kind}: {run.folder} has no adapter with seed {args.seed} that "
-                        f"is told of a cluster" + f" among {args.methods}" * bool(args.methods))
+                        f"{what}" + f" among {args.methods}" * bool(args.methods))
     write_json(run.folder / f"sweep-{kind}.json", records)
     draw(records, kind, run.folder / f"sweep-{kind}.png")
     return records
@@ -157,7 +182,7 @@ def draw(records, kind, path):
     methods = list(dict.fromkeys(method for method, _ in curves))
     with figure(path, SWEEPS[kind][1], "validation loss (nats per token)", **BESIDE) as axes:
         for (method, variant), curve in curves.items():
-            i, style = methods.index(method), "--" if variant in DASHED else "-"
+            i, style = methods.index(method), STYLES.get(variant, "-")
             axes.plot(*zip(*sorted(curve.items()), strict=True), MARKERS[i % 8] + style,
                       color=COLOURS[i % 7], markersize=5,
                       label=", ".join(filter(None, (method, variant))))

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -53,6 +54,35 @@ def test_parameters_are_loras_and_a_few():
     assert sum(p.numel() for p in cache.parameters() if p is not cache.weight) == 2
 
 
+def slow_loss(head, states, i, control=None):
+    """Row i's loss, from one remembered token after the other; states (V, C), of each token."""
+    tokens = EXAMPLES.tokens[EXAMPLES.start[i] :][: EXAMPLES.length[i]]
+    prompt, total = EXAMPLES.prompt[i], 0.0
+    for t in range(prompt, len(tokens)):
+        h, remembered = states[tokens[t - 1]], ([], [])  # by itself, by its mates
+        for j in range(len(EXAMPLES)):
+            if j != i and (control or CLUSTER[j] != CLUSTER[i]):
+                continue
+            mate = EXAMPLES.tokens[EXAMPLES.start[j] :][: EXAMPLES.length[j]]
+            for u in range(1, len(mate)):
+                offset = u - EXAMPLES.prompt[j]
+                limit = {"prompt": 0, "running": t - prompt, "full": NEVER}[head.scope]
+                if offset < limit:
+                    likeness = head.log_t.exp() / math.sqrt(C) * (h @ states[mate[u - 1]])
+                    remembered[j != i].append((mate[u], likeness))
+        logits = LMHead.forward(head, h[None, None], head.updates())[0, 0]
+        parts, gates = [logits.log_softmax(dim=0)[tokens[t]]], [h.new_zeros(())]
+        for memory, said in enumerate(remembered):
+            if said:
+                total_of = torch.stack([likeness for _, likeness in said]).logsumexp(dim=0)
+                match = 10 * head.trust[memory] * (total_of - math.log(len(said)))
+                gates.append(h @ head.share_of[memory] + 10 * head.share[memory] + match)
+                parts += [gates[-1] + likeness - total_of for token, likeness in said
+                          if token == tokens[t]]
+        total = total - torch.stack(parts).logsumexp(dim=0) + torch.stack(gates).logsumexp(dim=0)
+    return total
+
+
 @pytest.mark.parametrize("scope", ["prompt", "running", "full"])
 @pytest.mark.parametrize("control", [None, "own prompt only"])
 @pytest.mark.parametrize("share", [(0.1, -0.1), (15.0, 14.9)])  # e^150 is past float32
@@ -60,41 +90,35 @@ def test_the_loss_equals_remembering_one_token_at_a_time(scope, control, share):
     head = head_of(scope)
     head.share.data = torch.tensor(share)
     model, index = model_of(head), torch.tensor([4, 1, 0, 5])
-    company = Company(head, EXAMPLES, CLUSTER, control)
-    batch = company.batch(EXAMPLES, index)
+    batch = Company(head, EXAMPLES, CLUSTER, control).batch(EXAMPLES, index)
     rows = losses(model, *batch)[1]
     assert len(rows) == len(batch[0]) and torch.equal(rows[4:], torch.zeros(len(rows) - 4))
-    states = model.hidden(torch.arange(V))  # of each token
+    states = model.hidden(torch.arange(V))
     for b, i in enumerate(index.tolist()):
-        tokens = EXAMPLES.tokens[EXAMPLES.start[i] :][: EXAMPLES.length[i]]
-        prompt, expected = EXAMPLES.prompt[i], 0.0
-        for t in range(prompt, len(tokens)):
-            h = states[tokens[t - 1]]
-            remembered = torch.zeros(2, V)  # by itself, by its mates
-            n = [0, 0]
-            for j in range(len(EXAMPLES)):
-                if j != i and (control or CLUSTER[j] != CLUSTER[i]):
-                    continue
-                mate = EXAMPLES.tokens[EXAMPLES.start[j] :][: EXAMPLES.length[j]]
-                for u in range(1, len(mate)):
-                    offset = u - EXAMPLES.prompt[j]
-                    limit = {"prompt": 0, "running": t - prompt, "full": NEVER}[scope]
-                    if offset < limit:
-                        likeness = head.log_t.exp() / math.sqrt(C) * (h @ states[mate[u - 1]])
-                        remembered[int(j != i), mate[u]] += likeness.exp()
-                        n[j != i] += 1
-            logits = LMHead.forward(head, h[None, None], head.updates())[0, 0]
-            parts, gates = [logits.log_softmax(dim=0)[tokens[t]]], [torch.tensor(0.0)]
-            for memory in (0, 1):
-                if n[memory]:
-                    weights = remembered[memory].sum()
-                    match = 10 * head.trust[memory] * (weights / n[memory]).log()
-                    gate = h @ head.share_of[memory] + 10 * head.share[memory] + match
-                    parts.append(gate + (remembered[memory, tokens[t]] / weights).log())
-                    gates.append(gate)
-            log_p = torch.stack(parts).logsumexp(dim=0) - torch.stack(gates).logsumexp(dim=0)
-            expected -= log_p
+        expected = slow_loss(head, states, i, control)
         torch.testing.assert_close(rows[b], expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["prompt", "running"])
+def test_sharp_memories_have_the_loss_and_the_gradients_of_float64(scope):
+    head = head_of(scope)
+    head.log_t.data.fill_(5.0)  # e^score is past float32, and scores are hundreds apart
+    head.trust.data /= 100  # which would make the gates as large
+    model = model_of(head)
+    states = model.hidden(torch.arange(V)).detach()
+    scores = head.log_t.exp() / math.sqrt(C) * states @ states.T
+    assert scores.max() > 88 and (scores.amax(dim=1) - scores.amin(dim=1)).min() > 70
+    trained = [p for p in head.parameters() if p is not head.weight]
+    batch = Company(head, EXAMPLES, CLUSTER).batch(EXAMPLES, torch.arange(6))
+    total, rows = losses(model, *batch)
+    found = torch.autograd.grad(total, trained)
+    exact = copy.deepcopy(head).double()
+    exact.weight = head.weight.double()
+    expected = torch.stack([slow_loss(exact, states.double(), i) for i in range(6)])
+    torch.testing.assert_close(rows.double(), expected.detach(), rtol=1e-4, atol=1e-4)
+    trained = [p for p in exact.parameters() if p is not exact.weight]
+    for a, b in zip(found, torch.autograd.grad(expected.sum(), trained), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
 
 
 def test_log_probabilities_agree_with_the_loss_and_sum_to_one():

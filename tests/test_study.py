@@ -11,13 +11,16 @@ from model import GPT, GPTConfig
 from scoring import Company, held_out_company, score
 
 V, END = 12, 11
-LENGTH, PROMPT = np.array([13, 9, 13, 5, 11, 4]), np.array([4, 3, 6, 1, 2, 1])
+# The last one's prompt leaves the model no room to write in.
+LENGTH, PROMPT = np.array([13, 9, 13, 5, 11, 14]), np.array([4, 3, 6, 1, 2, 13])
+ARTICLE = np.array([0, 0, 1, 1, 0, 2])
 ARGS = SimpleNamespace(seed=0, batch_size=4, temperature=1.0, top_k=5)
 
 
 def examples_of(rows):
     length = np.array([len(row) for row in rows])
-    return Examples(np.concatenate(rows), length.cumsum() - length, length, PROMPT, np.arange(6))
+    return Examples(np.concatenate(rows), length.cumsum() - length, length, PROMPT[: len(rows)],
+                    ARTICLE[: len(rows)])
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def asked():
     return run, model, plan, rows
 
 
-def slow_loss(asked, continuations, share):
+def slow_loss(asked, continuations, share, control):
     """Row after row: its own text is true, and that of the mates that are drawn is another."""
     run, model, plan, rows = asked
     cluster = held_out_company(run, model, examples_of(rows), plan, "fit").cluster
@@ -47,8 +50,8 @@ def slow_loss(asked, continuations, share):
                  for j, (row, n, text) in enumerate(zip(rows, PROMPT, continuations, strict=True))]
         examples = examples_of(heard)
         chosen = torch.arange(6) == i
-        nll, _ = score(run, model, examples, 6, Company(model.lm_head, examples, cluster),
-                       chosen=chosen)
+        company = Company(model.lm_head, examples, cluster, control, None, ARTICLE)
+        nll, _ = score(run, model, examples, 6, company, chosen=chosen)
         assert not nll[~chosen].any()
         total += nll.sum()
     return total / (LENGTH - PROMPT).sum()
@@ -63,18 +66,21 @@ def test_what_mates_are_heard_to_have_written_equals_a_slow_reference(asked, mon
     def generate(model, prompts, most, cluster, stop_token, **options):
         places = [next(i for i in range(6) if rows[i][: PROMPT[i]].tolist() == p) for p in prompts]
         assert cluster.shape == (len(prompts), len(prompts)) and cluster.all()
-        assert most == room[places].max() and stop_token == END
-        return [texts[i] for i in places]
+        assert most == room[places].max() and stop_token == END and 5 not in places
+        return [texts[i][:most] for i in places]
 
     monkeypatch.setattr(study, "generate", generate)
     for kind, share, loss in study.sweep_written(run, model, plan, examples_of(rows), ARGS):
         found[kind, share] = loss
-    kept = [text[:n] for text, n in zip(texts, room, strict=True)]
+    # What is shorter than what was asked for has been ended, and the end is heard as well.
+    kept = [[*text, END][:n] for text, n in zip(texts[:5], room, strict=False)] + [[]]
     for kind, continuations in (("written by the model", kept), ("not known", [[]] * 6)):
-        for share in study.WRITTEN:
-            expected = slow_loss(asked, continuations, share)
-            assert found[kind, share] == pytest.approx(expected, rel=1e-5)
-    assert len(set(found.values())) == 2 * len(study.WRITTEN) - 1  # at 0 both hear the truth
+        for control in (None, "no later rows"):
+            for share in study.WRITTEN:
+                name = kind + f", {control}" * bool(control)
+                expected = slow_loss(asked, continuations, share, control)
+                assert found.pop((name, share)) == pytest.approx(expected, rel=1e-5)
+    assert not found
 
 
 def test_mates_who_write_what_is_true_are_as_good_as_true(asked, monkeypatch):
@@ -82,15 +88,20 @@ def test_mates_who_write_what_is_true_are_as_good_as_true(asked, monkeypatch):
     true = {tuple(row[:n]): row[n:].tolist() for row, n in zip(rows, PROMPT, strict=True)}
     monkeypatch.setattr(study, "generate", lambda model, prompts, most, **options: [
         true[tuple(prompt)] for prompt in prompts])
-    swept = list(study.sweep_written(run, model, plan, examples_of(rows), ARGS))
+    examples = examples_of(rows[:5])  # all that can be written
+    swept = list(study.sweep_written(run, model, plan, examples, ARGS))
     for kind, _, loss in swept:
         if kind == "written by the model":
             assert loss == pytest.approx(swept[0][2], rel=1e-6)
 
 
-def test_the_model_writes_within_each_rows_room_and_the_same_again(asked):
-    run, model, plan, rows = asked
-    first, second = (list(study.sweep_written(run, model, plan, examples_of(rows), ARGS))
+def test_the_model_writes_in_the_room_that_a_row_has_and_the_same_again(asked):
+    run, model, _, rows = asked
+    examples, cluster = examples_of(rows), torch.tensor([0, 1, 0, 1, 0, 1])
+    prompts = [row[:n].tolist() for row, n in zip(rows, PROMPT, strict=True)]
+    first, second = (dict(study.write(run, model, prompts, examples, cluster, ARGS))
                      for _ in range(2))
-    assert first == second
-    assert all(np.isfinite(loss) for _, _, loss in first)
+    assert first == second and sorted(first) == [0, 1, 2, 3, 4]
+    for i, text in first.items():
+        room = min(LENGTH[i], 13) - PROMPT[i]  # its own, and what the context leaves
+        assert len(text) == room or (text[-1] == END and len(text) < room)

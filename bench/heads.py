@@ -1,0 +1,60 @@
+"""The time of each head for the next token of each of 32 requests, as eval.py's table has it.
+
+    python train.py --dataset wikitext2 --base-epochs 1e-9 --methods frozen --out runs/time
+    python bench/heads.py runs/time
+
+Untrained heads of train.py's defaults, in turns in one process, among the clusters of the test
+split: neither the base nor what a head has learnt changes its time.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import adapt, choose_device, keep_freed_memory, open_corpus, open_run
+from data import load_examples
+from eval import latency
+from files import run_cli
+from flags import train_parser
+from scoring import held_out_company
+from train import adapter_plan
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", help="run folder that train.py wrote")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    keep_freed_memory()
+    run, config = open_run(Path(args.run), choose_device(args.device)[0])
+    settings = config["args"]
+    corpus = open_corpus(settings["dataset"], settings["data_dir"], config)
+    run.examples = load_examples(corpus, run.tokenizer, settings["block_size"],
+                                 run.folder / "cache")
+    defaults = train_parser().parse_args([])
+    defaults.accumulate = 1
+    heads = {"frozen": (run.base, None)}
+    for method in ("lora", "chameleon", "cache", "company-cache"):
+        plan = adapter_plan(run, defaults, method, 0, 1e-3)
+        model = adapt(run.base, plan).eval()
+        heads[method] = model, held_out_company(run, model, run.examples["test"], plan, "fit")
+    times = {name: [] for name in heads}
+    for _ in range(args.repeats):
+        for name, (model, company) in heads.items():
+            times[name].append(1e6 * latency(run, model, company))
+    print(f"{settings['dataset']}, {run.device}, {settings['dtype']}, {torch.get_num_threads()} "
+          f"threads, medians of {args.repeats}:", flush=True)
+    for name, values in times.items():
+        ratio = statistics.median(values) / statistics.median(times["lora"])
+        print(f"  {name}: {statistics.median(values):,.0f} µs a token, {ratio:.1f} x lora")
+
+
+if __name__ == "__main__":
+    run_cli(main)
