@@ -86,7 +86,10 @@ def slow_loss(head, states, i, control=None):
 @pytest.mark.parametrize("scope", ["prompt", "running", "full"])
 @pytest.mark.parametrize("control", [None, "own prompt only"])
 @pytest.mark.parametrize("share", [(0.1, -0.1), (15.0, 14.9)])  # e^150 is past float32
-def test_the_loss_equals_remembering_one_token_at_a_time(scope, control, share):
+@pytest.mark.parametrize("together", [0, cache.TOGETHER])
+def test_the_loss_equals_remembering_one_token_at_a_time(scope, control, share, together,
+                                                         monkeypatch):
+    monkeypatch.setattr(cache, "TOGETHER", together)
     head = head_of(scope)
     head.share.data = torch.tensor(share)
     model, index = model_of(head), torch.tensor([4, 1, 0, 5])
@@ -100,7 +103,9 @@ def test_the_loss_equals_remembering_one_token_at_a_time(scope, control, share):
 
 
 @pytest.mark.parametrize("scope", ["prompt", "running"])
-def test_sharp_memories_have_the_loss_and_the_gradients_of_float64(scope):
+@pytest.mark.parametrize("together", [0, cache.TOGETHER])
+def test_sharp_memories_have_the_loss_and_the_gradients_of_float64(scope, together, monkeypatch):
+    monkeypatch.setattr(cache, "TOGETHER", together)
     head = head_of(scope)
     head.log_t.data.fill_(5.0)  # e^score is past float32, and scores are hundreds apart
     head.trust.data /= 100  # which would make the gates as large
@@ -121,7 +126,9 @@ def test_sharp_memories_have_the_loss_and_the_gradients_of_float64(scope):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
 
 
-def test_log_probabilities_agree_with_the_loss_and_sum_to_one():
+@pytest.mark.parametrize("together", [0, cache.TOGETHER])
+def test_log_probabilities_agree_with_the_loss_and_sum_to_one(together, monkeypatch):
+    monkeypatch.setattr(cache, "TOGETHER", together)
     head = head_of()
     model, index = model_of(head), torch.arange(6)
     inputs, targets, statistics, knows = Company(head, EXAMPLES, CLUSTER).batch(EXAMPLES, index)

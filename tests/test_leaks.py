@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import cache
 from common import Run, adapt
 from data import SPLITS, Corpus, Examples, Tokenizer, load_examples
 from flags import CONTROLS, METHODS
@@ -103,9 +104,11 @@ def test_in_the_prompt_scope_nothing_leaks_from_continuations(control):
 
 
 @pytest.mark.parametrize("control", [None, "own prompt only", "shuffled", "other articles"])
-def test_the_running_scope_moves_only_logits_that_are_made_later(control):
+@pytest.mark.parametrize("together", [0, cache.TOGETHER])  # row by row, as in training, and at once
+def test_the_running_scope_moves_only_logits_that_are_made_later(control, together, monkeypatch):
     """The continuations of a cluster are decoded in step: a token may move its mates' logits, and
     its own row's, from the next position on."""
+    monkeypatch.setattr(cache, "TOGETHER", together)
     base, tokens = tiny_base(), np.random.default_rng(0).integers(0, V, (N, T + 1))
     model, plan = trained(base, "company-cache", scope="running", examples=table(tokens))
     before = all_logits(base, model, plan, tokens, "fit", control)
