@@ -143,7 +143,7 @@ STYLES = {"random tokens": "--", "not known": "--", "written by the model, no la
 SWEEPS = {"clusters": (sweep_company, "clusters of the validation requests"),
           "cluster-size": (sweep_company, "requests that a statistic is made of, at most"),
           "noise": (sweep_noise, "share of requests that were replaced"),
-          "written": (sweep_written, "share of mates whose continuation is not the true one")}
+          "written": (sweep_written, "share of mates without their true text")}
 
 
 def sweep(run, args):

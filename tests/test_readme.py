@@ -141,19 +141,26 @@ def test_the_intervals_of_company_on_alpaca(folder, seeds, sentence):
 
 
 def test_what_is_left_of_company_where_the_model_writes():
-    folder, prose = RESULTS / "pydocs", " ".join(README.split())
+    folder = RESULTS / "pydocs"
     swept = {(r["variant"], r["x"]): r["loss"]
              for r in json.loads((folder / "sweep-written.json").read_text(encoding="utf-8"))}
-    true, heard, written = (swept[key] for key in (
-        ("not known", 0.0), ("not known", 1.0), ("written by the model", 1.0)))
+    table, = (t for t in tables(README, "`company-cache` on pydocs, told its own history alone "
+                                "4.8425"))
+    known = [("not known", 0.0), ("not known", 1.0), ("written by the model", 1.0)]
+    for row, (variant, x) in zip(table[1:], known, strict=True):
+        assert row[1:] == [f"{swept[variant + later, x]:.4f}" for later in ("", ", no later rows")]
     alone, = (e["validation"]["loss"] for e in entries_of(folder)
               if e["name"] == "company-cache, own prompt only")
-    said = re.search(r"has (\S+) among true mates, (\S+) where .*? alone, (\S+) where .*? and "
-                     r"(\S+) on its own history alone", prose).groups()
-    assert said == tuple(f"{loss:.4f}" for loss in (true, heard, written, alone))
-    shares = [(alone - loss) / (alone - true) for loss in (written, heard)]
-    assert shares == pytest.approx([3 / 5, 3 / 4], abs=0.02)
-    assert "three fifths of what company is worth are left, and three quarters where" in prose
+    assert f"{alone:.4f}" == "4.8425"
+    worth, left = (alone - swept[key] for key in (
+        ("not known", 0.0), ("written by the model, no later rows", 1.0)))
+    assert f"Of {worth:.4f} that these weights lose without company, {left:.4f} are" in " ".join(
+        README.split())
+    assert left / worth == pytest.approx(1 / 4, abs=0.02)  # "a quarter of it is left"
+    experiments = (ROOT / "EXPERIMENTS.md").read_text(encoding="utf-8")
+    table, = tables(experiments[experiments.index("## What mates write"):], "share of mates")
+    for variant, *cells in table[1:]:
+        assert cells == [f"{swept[variant, x]:.4f}" for x in (0.0, 0.5, 1.0)]
 
 
 def test_how_many_rows_do_not_notice_a_wrong_cluster():
