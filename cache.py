@@ -140,7 +140,7 @@ class CacheHead(LMHead):
             if not n.any():
                 continue
             top = scores.detach().where(known, -1e9).amax(dim=1, keepdim=True)
-            # A CPU takes ten times as long for powers that are no normal numbers: e^-70 is one.
+            # A CPU takes ten times as long for what is no normal number; e^-70 is one, and little.
             power = (scores - top).clamp(-70, 0).exp() * known
             total = power.sum(dim=1).clamp(min=1).log()  # without any known 0, else 1 and more
             match = (top[:, 0] + total - n.clamp(min=1).log()).where(n > 0, 0)
