@@ -198,6 +198,11 @@ def parse_eval(argv=None):
                 raise UserError(f"--{name.replace('_', '-')} goes with --{question}; leave it out")
     if args.generations and (args.prompts is not None or args.sweep or args.anatomy):
         raise UserError("--generations goes with a run's scores; leave one out")
+    if args.inference and (args.sweep or args.anatomy):
+        raise UserError("--inference goes with a run's scores and --prompts; leave it out")
+    if args.max_new_tokens != parser.get_default("max_new_tokens") and (
+            args.prompts is None and not args.generations):
+        raise UserError("--max-new-tokens goes with --prompts and --generations; leave it out")
     if args.clusters and (args.assign or args.inference == "assign"):
         raise UserError("--clusters makes new ones, and with --assign or --inference assign "
                         "prompts go to the training's; leave one out")

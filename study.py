@@ -84,7 +84,8 @@ def sweep_written(run, model, plan, examples, args):
     """Every request is scored on its true text; what changes is what it hears of its mates.
 
     They write all together, each cluster in step, and so hear what the request has written too,
-    not the true text that it is scored on.
+    not the true text that it is scored on. "No later rows" hides those of its article from the
+    request; the mates that it hears have written in company with their prompts.
     """
     model, examples, N = whole_model(run, model), replace(examples, states=None), len(examples)
     cluster = held_out_company(run, model, examples, plan, plan["inference"]).cluster
@@ -94,6 +95,8 @@ def sweep_written(run, model, plan, examples, args):
     for i, text in write(run, model, prompts, examples, cluster, args):
         written[i] = text
     place = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    several = len(np.unique(examples.article)) < N  # rows of an article
+    controls = (None, "no later rows") if several else (None,)
     for kind, texts in (("written by the model", written), ("not known", [[]] * N)):
         rows = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
         length = np.array([len(row) for row in rows])
@@ -102,7 +105,7 @@ def sweep_written(run, model, plan, examples, args):
             np.append(examples.start, len(examples.tokens) + length.cumsum() - length),
             np.append(examples.length, length), np.tile(examples.prompt, 2),
             np.tile(examples.article, 2))
-        for control in (None, "no later rows")[: 1 + (len(set(examples.article)) < N)]:
+        for control in controls:
             company = Company(model.lm_head, both, cluster, control, None, examples.article)
             heard = company.choose or (lambda i, mates: mates)
             for share in WRITTEN:

@@ -7,7 +7,6 @@ Untrained heads of train.py's defaults, in turns in one process, among the clust
 split: neither the base nor what a head has learnt changes its time.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -20,17 +19,17 @@ from common import adapt, choose_device, keep_freed_memory, open_corpus, open_ru
 from data import load_examples
 from eval import latency
 from files import run_cli
-from flags import train_parser
+from flags import COUNT, DEVICES, Parser, train_parser
 from scoring import held_out_company
 from train import adapter_plan
 
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="run folder that train.py wrote")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto", choices=DEVICES)
+    parser.add_argument("--repeats", type=COUNT, default=5)
     args = parser.parse_args()
     keep_freed_memory()
     run, config = open_run(Path(args.run), choose_device(args.device)[0])

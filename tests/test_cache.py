@@ -139,6 +139,20 @@ def test_log_probabilities_agree_with_the_loss_and_sum_to_one(together, monkeypa
     torch.testing.assert_close(nll.sum(dim=1).detach(), rows)
 
 
+@pytest.mark.parametrize("together", [0, cache.TOGETHER])
+def test_what_is_not_known_has_no_say_whatever_it_is(together, monkeypatch):
+    monkeypatch.setattr(cache, "TOGETHER", together)
+    head, mine = head_of(), torch.tensor([0, 2, 4])
+    inputs, _, statistics, knows = Company(head, EXAMPLES, CLUSTER).batch(
+        EXAMPLES, torch.arange(6))
+    hidden = model_of(head).hidden(inputs).detach()
+    before = head(hidden, head.updates(), knows, statistics)
+    hidden[1], hidden[0, -1] = math.nan, math.nan  # of another cluster, and the latest of this one
+    after = head(hidden, head.updates(), knows, statistics)
+    real = statistics[mine, :-1, 1] < NEVER
+    assert torch.equal(before[mine, :-1][real], after[mine, :-1][real])
+
+
 def test_the_gradients_are_those_of_the_log_probabilities():
     head = head_of()
     model = model_of(head)
