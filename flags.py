@@ -192,17 +192,17 @@ def parse_eval(argv=None):
     """Arguments of eval.py; a flag that would do nothing is refused."""
     parser = eval_parser()
     args = parser.parse_args(argv)
-    for question, names in (("prompts", OF_PROMPTS), ("sweep", ("methods",))):
-        for name in names:
-            if getattr(args, question) is None and getattr(args, name) != parser.get_default(name):
-                raise UserError(f"--{name.replace('_', '-')} goes with --{question}; leave it out")
+    goes_with = dict.fromkeys(OF_PROMPTS, ("prompts",)) | {
+        "methods": ("sweep",), "max_new_tokens": ("prompts", "generations")}
+    for name, questions in goes_with.items():
+        if getattr(args, name) != parser.get_default(name) and not any(
+                getattr(args, question) is not None for question in questions):
+            raise UserError(f"--{name.replace('_', '-')} goes with --{' or --'.join(questions)}; "
+                            f"leave it out")
     if args.generations and (args.prompts is not None or args.sweep or args.anatomy):
         raise UserError("--generations goes with a run's scores; leave one out")
     if args.inference and (args.sweep or args.anatomy):
         raise UserError("--inference goes with a run's scores and --prompts; leave it out")
-    if args.max_new_tokens != parser.get_default("max_new_tokens") and (
-            args.prompts is None and not args.generations):
-        raise UserError("--max-new-tokens goes with --prompts and --generations; leave it out")
     if args.clusters and (args.assign or args.inference == "assign"):
         raise UserError("--clusters makes new ones, and with --assign or --inference assign "
                         "prompts go to the training's; leave one out")

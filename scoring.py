@@ -113,8 +113,7 @@ def losses(model, tokens, targets, statistics=None, cluster=None):
 
     tokens (B, T) are what the model reads; targets (B, T), IGNORE where nothing is scored,
     statistics (K, ...) and cluster (B,), or what a cache is told, lie on the CPU, so that nothing
-    here waits for the device (a cache does). The sum can be differentiated, the rows
-    cannot.
+    here waits for the device (a cache does). The sum can be differentiated, the rows cannot.
     """
     head, device = model.lm_head, model.lm_head.weight.device
 

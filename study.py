@@ -91,9 +91,7 @@ def sweep_written(run, model, plan, examples, args):
     cluster = held_out_company(run, model, examples, plan, plan["inference"]).cluster
     prompts = [examples.tokens[a : a + n].tolist()
                for a, n in zip(examples.start, examples.prompt, strict=True)]
-    written = [[]] * N
-    for i, text in write(run, model, prompts, examples, cluster, args):
-        written[i] = text
+    written = write(run, model, prompts, examples, cluster, args)
     place = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     several = len(np.unique(examples.article)) < N  # rows of an article
     controls = (None, "no later rows") if several else (None,)
@@ -117,7 +115,8 @@ def sweep_written(run, model, plan, examples, args):
 
 
 def write(run, model, prompts, examples, cluster, args):
-    """(i, what the model writes after prompt i, in the room that row i has for it)."""
+    """What the model writes after each prompt, in the room that its row has: N lists of tokens."""
+    written = [[]] * len(prompts)
     generator = torch.Generator(run.device).manual_seed(args.seed)
     room, context = examples.length - examples.prompt, model.config.block_size
     for k in range(int(cluster.max()) + 1):
@@ -132,7 +131,8 @@ def write(run, model, prompts, examples, cluster, args):
                              stop_token=run.tokenizer.end, generator=generator)
         for i, text in zip(members, texts, strict=True):
             ended = len(text) < min(most, context - len(prompts[i]))  # and that is heard as well
-            yield i, (text + [run.tokenizer.end] * ended)[: room[i]]
+            written[i] = (text + [run.tokenizer.end] * ended)[: room[i]]
+    return written
 
 
 def choose_other(heard, other, i, mates):

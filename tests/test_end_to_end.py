@@ -154,7 +154,7 @@ def test_what_cannot_be_asked_of_a_run_is_told_in_a_line(run):
                        (["--base-only"], "--base-only goes with --prompts"),
                        (["--sweep", "noise", "--generations", "2"], "leave one out"),
                        (["--sweep", "noise", "--inference", "fit"], "leave it out"),
-                       (["--max-new-tokens", "5"], "--prompts and --generations"),
+                       (["--max-new-tokens", "5"], "goes with --prompts or --generations"),
                        (["--prompts", "-", "--assign", "--clusters", "2"], "leave one out")):
         with pytest.raises(UserError, match=why):
             eval.main([str(folder), *asked])
