@@ -261,6 +261,15 @@ def remembered(folder):
         known = config.get("args") if isinstance(config, dict) else None
         if not isinstance(known, dict) or not {*ONCE, "data_dir"} <= known.keys():
             raise UserError(f"{path} is not what train.py wrote: settings are missing")
+        given = {name: ",".join(map(str, value)) if isinstance(value, list) else str(value)
+                 for name, value in known.items() if value is not None and value is not False}
+        flags = [f"--{name.replace('_', '-')}" + f"={value}" * (value != "True")
+                 for name, value in given.items()]
+        try:  # what was changed by hand is checked as flags are
+            checked = vars(train_parser().parse_args(flags))
+        except UserError as error:
+            raise UserError(f"{path} is not what train.py wrote: {error}") from None
+        config["args"] = known | {name: checked[name] for name in given}
         return config
     if folder.exists() and (folder.is_file() or any(
             p.name not in ("cache", "tokenizer.json") for p in folder.iterdir())):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import eval
 import scoring
 import train
 from baselines import MaskedHead
@@ -434,6 +435,23 @@ def test_a_damaged_config_is_named(text, arguments, finished):
     before = contents(finished)
     with pytest.raises(UserError, match="config"):
         train.main(arguments)
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("name, value", [
+    ("size", 5), ("block_size", "many"), ("lr", [0.001, "fast"]), ("seeds", {}), ("methods", 1),
+    ("dropout", [1, 2]), ("compile", "yes"), ("dtype", "int8"), ("rank", -1), ("a_flag", "?"),
+])
+def test_a_setting_that_was_damaged_is_told(name, value, arguments, finished):
+    config = json.loads((finished / "config.json").read_text())
+    config["args"][name] = value
+    (finished / "config.json").write_text(json.dumps(config))
+    before = contents(finished)
+    for main, argv in ((train.main, arguments), (train.main, [*arguments, "--resume"]),
+                       (eval.main, [str(finished)])):
+        with pytest.raises(UserError, match="is not what train.py wrote") as error:
+            main(argv)
+        assert "\n" not in str(error.value)
     assert contents(finished) == before
 
 
