@@ -449,7 +449,7 @@ def test_a_setting_that_was_damaged_is_told(name, value, arguments, finished):
     before = contents(finished)
     for main, argv in ((train.main, arguments), (train.main, [*arguments, "--resume"]),
                        (eval.main, [str(finished)])):
-        with pytest.raises(UserError, match="is not what train.py wrote") as error:
+        with pytest.raises(UserError, match=r"config\.json is not what train\.py") as error:
             main(argv)
         assert "\n" not in str(error.value)
     assert contents(finished) == before
