@@ -149,7 +149,7 @@ def continue_prompts(run, config, args):
               if getattr(args, name)}
     adapted, cluster = cluster is not None, cluster or [0] * len(texts)
     text_of = run.tokenizer.decode
-    shown = [{"prompt": text, "cluster": own, "continuation": text_of(new)}
+    shown = [{"prompt": text, "cluster": own if adapted else None, "continuation": text_of(new)}
              | {name: text_of(rows[i]) for name, rows in beside.items()}
              for i, (text, own, new) in enumerate(zip(texts, cluster, found, strict=True))]
     groups = []

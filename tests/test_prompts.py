@@ -78,7 +78,8 @@ def test_every_prompt_is_in_one_cluster_and_answered_beside_the_others(method, a
              for name, other in (("static", "lora"), ("base_only", "frozen"))}
     for name, texts in alone.items():
         assert [entry[name] for entry in said["answers"]] == texts
-    assert ask(TEXTS, "--method", "frozen")["clusters"] == []
+    plain = ask(TEXTS, "--method", "frozen")
+    assert plain["clusters"] == [] and {entry["cluster"] for entry in plain["answers"]} == {None}
 
 
 @pytest.mark.parametrize("method", ["chameleon", "company-cache"])
