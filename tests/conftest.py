@@ -18,12 +18,14 @@ WORDS = (
 ).split()
 
 
-@pytest.fixture
-def tiny_size(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def tiny_size():
     """`--size tiny`: a base that trains in no time."""
     shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=24)
-    monkeypatch.setitem(model.SIZES, "tiny", shape)
-    monkeypatch.setattr(flags, "SIZES", (*flags.SIZES, "tiny"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.SIZES, "tiny", shape)
+        patch.setattr(flags, "SIZES", (*flags.SIZES, "tiny"))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +49,7 @@ def with_base(arguments, path):
 
 
 @pytest.fixture
-def arguments(tiny_size, corpus, tmp_path):
+def arguments(corpus, tmp_path):
     """Command line of a small run that trains all three methods in about a second."""
     return [
         "--dataset", str(corpus), "--size", "tiny", "--vocab-size", "300", "--batch-size", "16",

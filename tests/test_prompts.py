@@ -13,8 +13,6 @@ import pytest
 import torch
 
 import eval
-import flags
-import model
 import prompts
 import train
 from common import adapter_path, load_adapter, open_run
@@ -29,19 +27,15 @@ TEXTS = ["the river of stone and cloud", "winter sings quietly", "a river under 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, corpus):
-    with pytest.MonkeyPatch.context() as patch:
-        shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=24)
-        patch.setitem(model.SIZES, "tiny", shape)
-        patch.setattr(flags, "SIZES", (*flags.SIZES, "tiny"))
-        out = train.main([
-            "--dataset", str(corpus), "--size", "tiny", "--vocab-size", "300", "--dtype", "float32",
-            "--device", "cpu", "--base-epochs", "4", "--base-lr", "1e-2", "--lr", "2e-2",
-            "--epochs", "2", "--evaluations", "1",
-            "--out", str(tmp_path_factory.mktemp("runs") / "pydocs")])
-        more = ["--out", str(out), "--max-steps", "2", "--methods"]
-        train.main([*more, "per-sample"])
-        train.main([*more, "chameleon", "--told", "own prompt only"])
-        return out
+    out = train.main([
+        "--dataset", str(corpus), "--size", "tiny", "--vocab-size", "300", "--dtype", "float32",
+        "--device", "cpu", "--base-epochs", "4", "--base-lr", "1e-2", "--lr", "2e-2",
+        "--epochs", "2", "--evaluations", "1",
+        "--out", str(tmp_path_factory.mktemp("runs") / "pydocs")])
+    more = ["--out", str(out), "--max-steps", "2", "--methods"]
+    train.main([*more, "per-sample"])
+    train.main([*more, "chameleon", "--told", "own prompt only"])
+    return out
 
 
 @pytest.fixture

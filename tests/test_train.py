@@ -451,7 +451,7 @@ def test_a_setting_that_was_damaged_is_told(name, value, arguments, finished):
                        (eval.main, [str(finished)])):
         with pytest.raises(UserError, match=r"config\.json is not what train\.py") as error:
             main(argv)
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and name.replace("_", "-") in str(error.value)
     assert contents(finished) == before
 
 
