@@ -61,6 +61,12 @@ def number(kind, low, high=2**31 - 1):
 COUNT = number(int, 1)
 
 
+def flag(name, value=True):
+    """What a setting is called on the command line, with its value unless that is True."""
+    value = ",".join(map(str, value)) if isinstance(value, list) else value
+    return f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+
+
 def methods(text):
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
@@ -197,8 +203,8 @@ def parse_eval(argv=None):
     for name, questions in goes_with.items():
         if getattr(args, name) != parser.get_default(name) and not any(
                 getattr(args, question) is not None for question in questions):
-            raise UserError(f"--{name.replace('_', '-')} goes with --{' or --'.join(questions)}; "
-                            f"leave it out")
+            raise UserError(
+                f"{flag(name)} goes with {' or '.join(map(flag, questions))}; leave it out")
     if args.generations and (args.prompts is not None or args.sweep or args.anatomy):
         raise UserError("--generations goes with a run's scores; leave one out")
     if args.inference and (args.sweep or args.anatomy):
@@ -227,17 +233,16 @@ def parse_train(argv):
             args.dtype = known["dtype"]
         for key in ONCE:
             if known[key] != getattr(args, key):
-                flag, now = f"--{key.replace('_', '-')}", getattr(args, key)
-                raise UserError(f"{args.out} is a run with {flag} {known[key]}, not {now}; choose "
-                                f"another --out, or leave that flag out")
+                raise UserError(f"{args.out} is a run with {flag(key)} {known[key]}, not "
+                                f"{getattr(args, key)}; choose another --out, or leave that out")
     elif args.resume:
         raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
     if args.base != "scratch":
         published = args.base in HUB_BASES or Path(args.base).is_dir()
         for key in SCRATCH if published else SCRATCH + OF_A_RUN:
             if getattr(args, key) != parser.get_default(key):
-                raise UserError(f"--{key.replace('_', '-')} is for a base from scratch, and --base "
-                                f"{args.base} has its own; leave it out")
+                raise UserError(f"{flag(key)} is for a base from scratch, and --base {args.base} "
+                                f"has its own; leave it out")
     for method in args.methods:
         why = None
         if args.stat_scope == "running" and method not in (*TOLD_NOTHING, "company-cache"):
@@ -261,15 +266,14 @@ def remembered(folder):
         known = config.get("args") if isinstance(config, dict) else None
         if not isinstance(known, dict) or not {*ONCE, "data_dir"} <= known.keys():
             raise UserError(f"{path} is not what train.py wrote: settings are missing")
-        given = {name: ",".join(map(str, value)) if isinstance(value, list) else str(value)
-                 for name, value in known.items() if value is not None and value is not False}
-        flags = [f"--{name.replace('_', '-')}" + f"={value}" * (value != "True")
-                 for name, value in given.items()]
+        parser = train_parser()
         try:  # what was changed by hand is checked as flags are
-            checked = vars(train_parser().parse_args(flags))
+            checked = vars(parser.parse_args([
+                flag(name, value) for name, value in known.items()
+                if value != parser.get_default(name)]))
         except UserError as error:
             raise UserError(f"{path} is not what train.py wrote: {error}") from None
-        config["args"] = known | {name: checked[name] for name in given}
+        config["args"] = known | {name: checked[name] for name in known.keys() & checked}
         return config
     if folder.exists() and (folder.is_file() or any(
             p.name not in ("cache", "tokenizer.json") for p in folder.iterdir())):

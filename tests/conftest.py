@@ -42,7 +42,7 @@ def corpus(tmp_path_factory):
 
 def with_base(arguments, path):
     """The same command line on another run's base, without what that base has decided."""
-    decided = [f"--{key.replace('_', '-')}" for key in flags.SCRATCH + flags.OF_A_RUN]
+    decided = [flags.flag(key) for key in flags.SCRATCH + flags.OF_A_RUN]
     pairs = zip(arguments[::2], arguments[1::2], strict=True)
     kept = [part for pair in pairs if pair[0] not in decided for part in pair]
     return [*kept, "--base", str(path)]

@@ -441,6 +441,7 @@ def test_a_damaged_config_is_named(text, arguments, finished):
 @pytest.mark.parametrize("name, value", [
     ("size", 5), ("block_size", "many"), ("lr", [0.001, "fast"]), ("seeds", {}), ("methods", 1),
     ("dropout", [1, 2]), ("compile", "yes"), ("dtype", "int8"), ("rank", -1), ("a_flag", "?"),
+    ("epochs", None), ("dtype", None),
 ])
 def test_a_setting_that_was_damaged_is_told(name, value, arguments, finished):
     config = json.loads((finished / "config.json").read_text())
