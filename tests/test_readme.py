@@ -128,6 +128,7 @@ def test_the_table_of_what_company_is_worth():
     ("400-steps", (5, 6, 7), "say {mean} again ({low} to {high})"),
     ("400-steps", range(8), "make {mean} over 8 seeds ({low} to {high}, over records"),
     ("400-steps-pico", range(3), "makes {mean} ({low} to {high}, over records -0.0160"),
+    ("half-epoch-medium", range(3), "makes {mean} ({low} to {high} over three seeds, over records"),
 ])
 def test_the_intervals_of_company_on_alpaca(folder, seeds, sentence):
     entries = entries_of(RESULTS / "alpaca" / folder, "shared")
