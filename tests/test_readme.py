@@ -127,8 +127,6 @@ def test_the_table_of_what_company_is_worth():
     ("400-steps", (0, 1, 2), "it was open ({low} to {high})"),
     ("400-steps", (5, 6, 7), "say {mean} again ({low} to {high})"),
     ("400-steps", range(8), "make {mean} over 8 seeds ({low} to {high}, over records"),
-    ("400-steps-pico", range(3), "makes {mean} ({low} to {high}, over records -0.0160"),
-    ("half-epoch-medium", range(3), "makes {mean} ({low} to {high} over three seeds, over records"),
 ])
 def test_the_intervals_of_company_on_alpaca(folder, seeds, sentence):
     entries = entries_of(RESULTS / "alpaca" / folder, "shared")
@@ -139,6 +137,26 @@ def test_the_intervals_of_company_on_alpaca(folder, seeds, sentence):
     found = {"mean": np.mean(d), "low": low, "high": high}
     said = sentence.format(**{name: f"{value:+.4f}" for name, value in found.items()})
     assert said in " ".join(README.split())
+
+
+def test_the_table_of_bases():
+    table, = tables(README, "data")
+    for link, _, _, steps, match, own_history, company, word, wrong in table[1:]:
+        folder = ROOT / re.search(r"\((.*)/results.md\)", link)[1]
+        entries = entries_of(folder, "shared")
+        assert {e["plan"].get("steps", int(steps)) for e in entries} == {int(steps)}
+        lora, with_it, without, shuffled = (
+            {seed: e["test"]["loss"] for seed, e in of_method(entries, name).items()}
+            for name in ("lora-match", "company-cache", "company-cache, trained on own prompt only",
+                         "company-cache, shuffled"))
+        d = [with_it[seed] - without[seed] for seed in with_it]
+        low, high = scipy.stats.t.interval(0.95, len(d) - 1, np.mean(d), scipy.stats.sem(d))
+        assert match == spread(list(lora.values()), 4)
+        assert own_history == f"{np.mean([without[seed] - lora[seed] for seed in lora]):+.4f}"
+        assert company == f"{np.mean(d):+.4f} ({low:+.4f} to {high:+.4f})"
+        assert wrong == f"{np.mean([shuffled[seed] - with_it[seed] for seed in with_it]):.4f}"
+        said = words(folder, "less its control", -1)
+        assert said["company-cache", "trained on own prompt only"] == word
 
 
 def test_what_is_left_of_company_where_the_model_writes():
