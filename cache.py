@@ -51,7 +51,7 @@ class CacheHead(LMHead):
     Its weight l = sigmoid(share) and t, which the paper chose by search, are trained: 2 parameters.
     """
 
-    needs_statistics, clustered_batches, reads_company = True, False, True
+    needs_statistics = reads_company = True
 
     def __init__(self, weight, scope="running"):
         super().__init__(weight)
@@ -77,7 +77,7 @@ class CacheHead(LMHead):
         tokens, real = examples.rows(rows)
         prompt = torch.from_numpy(examples.prompt[rows.numpy(), None])
         place = (torch.arange(tokens.shape[1]) - prompt).masked_fill(~real, NEVER)  # (B, T + 1)
-        statistics = torch.stack([tokens * real, place], dim=2)[:, 1:]  # (B, T, 2)
+        statistics = torch.stack([tokens, place], dim=2)[:, 1:]  # (B, T, 2)
         where = torch.zeros(len(examples), dtype=torch.int64)
         where[rows] = torch.arange(len(rows))
         knows = torch.zeros(len(rows), len(rows), dtype=torch.bool)
@@ -90,10 +90,11 @@ class CacheHead(LMHead):
         """As `told`, statistics (B, T, 2) of sequences (B, T) that are decoded in step: prompts
         with `pad` (B,) tokens of padding before them end at `longest`, and `stop`, or a full
         `context`, ends a row."""
-        following = tokens.roll(-1, dims=1)  # the last one is yet to come
+        following = tokens.roll(-1, dims=1)
         place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
         nothing = (place <= pad[:, None]) | ((place > longest) & (tokens == stop))  # (B, T)
         nothing |= place - pad[:, None] >= context
+        nothing[:, -1] = True  # it is yet to come
         return torch.stack([following, (place - longest).masked_fill(nothing, NEVER)], dim=2)
 
     def gate(self, hidden, match, memory):

@@ -409,10 +409,7 @@ class Examples:
     dropped: int = 0  # documents whose prompt left no room for a continuation
     states: torch.Tensor | None = None  # (all tokens, C), what `batch` gives in place of tokens
     instruction: np.ndarray | None = None  # (N,), prompt tokens of it alone; None: all of them
-    shown: np.ndarray | None = None  # (N,), prompt tokens that statistics and clusters see
-
-    def __post_init__(self):
-        self.shown = self.prompt if self.shown is None else self.shown
+    shown: np.ndarray | None = None  # (N,), those that statistics and clusters see; None: all
 
     def conditioned(self, plan):
         """The same rows, of which an adapter's statistics and clusters see what its plan says."""
@@ -436,7 +433,8 @@ class Examples:
         rows, real = self.rows(index)
         if scope == "full":
             return rows, real
-        shown = torch.from_numpy(self.shown[np.asarray(index)])
+        shown = self.prompt if self.shown is None else self.shown
+        shown = torch.from_numpy(shown[np.asarray(index)])
         width = int(shown.max())
         return rows[:, :width], torch.arange(width) < shown[:, None]
 

@@ -307,7 +307,7 @@ def draw_costs(entries, path):
         axes.xaxis.set_minor_formatter("")
 
 
-def draw_clusters(run, model, plan, inference, path, n_labels=7):
+def draw_clusters(run, model, plan, inference, path):
     """Validation prompts in the plane of most variance (PCA), coloured by cluster."""
     examples = run.examples["validation"]
     company = held_out_company(run, model, examples, plan, inference)
@@ -318,7 +318,7 @@ def draw_clusters(run, model, plan, inference, path, n_labels=7):
     plane = (centred @ directions[:2].T).numpy()  # (N, C) @ (C, 2) -> (N, 2)
     share = (scales.square() / scales.square().sum())[:2].tolist()
     sizes = np.bincount(cluster)
-    largest = np.argsort(-sizes, kind="stable")[:n_labels]
+    largest = np.argsort(-sizes, kind="stable")[: len(COLOURS)]
     prompts = zip(*examples.prompts(range(len(examples)), plan["stat_scope"]), strict=True)
     texts = [run.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in prompts]
     labels = [f"{nth} principal component ({part:.0%} of variance)"
@@ -348,7 +348,7 @@ def main(argv=None):
         return continue_prompts(run, config, args)
     data_dir, out = args.data_dir or config["args"]["data_dir"], folder
     dataset = config["args"]["dataset"]
-    if args.on:
+    if args.on is not None:
         corpus, out = Corpus(args.on, data_dir), folder / f"on-{Path(args.on).stem}"
         kept = out / "results.json"
         if kept.exists() and read_json(kept)["data"] != corpus.fingerprint:

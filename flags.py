@@ -273,7 +273,8 @@ def remembered(folder):
                 if value != parser.get_default(name)]))
         except UserError as error:
             raise UserError(f"{path} is not what train.py wrote: {error}") from None
-        config["args"] = known | {name: checked[name] for name in known.keys() & checked}
+        config["args"] = {name: value for name, value in checked.items()
+                          if name not in ("resume", "out", "device")}
         return config
     if folder.exists() and (folder.is_file() or any(
             p.name not in ("cache", "tokenizer.json") for p in folder.iterdir())):

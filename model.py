@@ -62,32 +62,24 @@ class Attention(nn.Module):
         )
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, keys, C/H)
-        if T == 1:
-            y = attend_once(q, k, v, mask)
-        else:
-            y = attend(q, k, v, mask)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, C/H) -> (B, T, C)
+        y = attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)  # (B, H, T, C/H) -> (B, T, C)
         return self.dropout(self.c_proj(y))
 
 
-def attend_once(q, k, v, mask=None):
-    """Attention of one query: q (B, H, 1, C/H), k and v (B, H, keys, C/H) -> (B, H, 1, C/H).
-
-    Written out: a CPU's flash kernel takes three times as long where it has nothing to tile.
-    """
-    scores = (q / math.sqrt(q.shape[3])) @ k.mT  # (B, H, 1, C/H) @ (B, H, C/H, keys)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(dim=3) @ v  # (B, H, 1, keys) @ (B, H, keys, C/H)
-
-
 def attend(q, k, v, mask=None):
-    """Attention of T queries, (B, H, T, C/H) each; causal where no mask (B, 1, T, keys) is given.
+    """Attention of T queries q (B, H, T, C/H) over k and v (B, H, keys, C/H) -> (B, H, T, C/H).
+
+    Causal where no mask (B, 1, T, keys) is given; a single query without one sees all keys.
 
     Written out for 16-bit rows on a CPU: there plain products take a third of the fused kernel's
     time, at the price of keeping T^2 probabilities, so longer rows are left to the kernel.
     """
     B, H, T, D = q.shape
+    if T == 1:  # a CPU's fused kernel takes three times as long where it has nothing to tile
+        scores = (q / math.sqrt(D)) @ k.mT  # (B, H, 1, C/H) @ (B, H, C/H, keys)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return scores.softmax(dim=3) @ v  # (B, H, 1, keys) @ (B, H, keys, C/H)
     if mask is not None or q.device.type != "cpu" or q.element_size() > 2 or T > 512:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     later = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
@@ -400,13 +392,13 @@ def generate(model, prompts, max_new_tokens, *, statistics=None, cluster=None, t
     new, past = tokens, None  # past: all hidden states (B, T, C), for a head that remembers them
     while tokens.shape[1] < longest + max_new_tokens and not done.all():
         hidden = model.hidden(new if use_cache else tokens, cache, masked, soft)
-        last = hidden[:, -1:].contiguous()  # else torch copies a frozen W once per sequence
         if model.lm_head.reads_company:
             past = hidden if past is None or not use_cache else torch.cat([past, hidden], dim=1)
             stop = -1 if stop_token is None else stop_token
             told = model.lm_head.decoding(tokens, pad, longest, stop, context)
             logits = model.lm_head(past, updates, cluster, told, past.shape[1] - 1)[:, 0]  # (B, V)
         else:
+            last = hidden[:, -1:].contiguous()  # else torch copies a frozen W once per sequence
             logits = model.lm_head(last, updates)[:, 0].float()  # (B, V)
         if temperature == 0:
             new = logits.argmax(dim=1, keepdim=True)  # (B, 1)

@@ -264,6 +264,10 @@ def held_out_company(run, model, examples, plan, inference, control=None):
     k = None if assigned else max(1, round(len(examples) / plan.get("cluster_size", 1)))
     generator = torch.Generator().manual_seed(plan["seed"])
 
-    with run.autocast:
-        cluster = run.from_first(lambda: head.group(prompts, k, generator))
+    def group():
+        with run.autocast:
+            return head.group(prompts, k, generator), generator.get_state()
+
+    cluster, state = run.from_first(group)
+    generator.set_state(state)  # all processes draw the same wrong clusters
     return Company(head, prompts, cluster, control, generator, examples.article)

@@ -357,7 +357,8 @@ def adapter_plan(run, args, method, seed, lr):
     if args.trunk == "shared":
         plan["trunk"] = run.trunk
     if method == "lora-match":
-        chameleon = adapter_plan(run, args, "chameleon", seed, lr)
+        untold = type(args)(**vars(args) | {"told": None})
+        chameleon = adapter_plan(run, untold, "chameleon", seed, lr)
         wanted, of_lora = (n_trained(adapt(run.base, of))
                            for of in (chameleon, plan | {"method": "lora"}))
         rank = max(1, round(args.rank * wanted / of_lora))

@@ -10,7 +10,7 @@ from cache import NEVER, CacheHead, CompanyCacheHead, diffuse
 from common import Run, adapt
 from data import IGNORE, Examples
 from model import GPT, GPTConfig, LMHead, generate
-from scoring import Company, linear_cross_entropy, losses, score
+from scoring import Company, held_out_company, linear_cross_entropy, losses, score
 
 V, C = 12, 5
 
@@ -305,6 +305,36 @@ def test_decoding_in_step_equals_scoring_what_was_decoded(use_cache, context, se
                      for row, p in zip(rows, prompts, strict=True)]
     assert len({tuple(row) for row in found}) > 1
     assert (max(map(len, rows)) == context) == (context == 7)  # one row has had to end there
+
+
+def test_decoding_knows_no_token_that_is_yet_to_come():
+    """Not in the scope that leaks either: what is not there cannot be remembered."""
+    found = {}
+    for scope in ("running", "full"):
+        torch.manual_seed(0)
+        base = GPT(GPTConfig(block_size=20, vocab_size=V, n_layer=1, n_head=1, n_embd=8)).eval()
+        plan = {"method": "company-cache", "rank": 2, "alpha": 4.0, "stat_scope": scope}
+        model = adapt(base, plan).eval()
+        torch.nn.init.normal_(model.lm_head.share_of)
+        model.lm_head.share.data.fill_(2.0)  # nothing but memories
+        knows = torch.ones(2, 2, dtype=torch.bool)
+        found[scope] = generate(model, [[7, 1, 2, 3], [4, 5]], 8, cluster=knows)
+    assert found["running"] == found["full"]
+
+
+def test_all_processes_draw_the_same_wrong_clusters():
+    """Clusters are made by the first one alone, and with them go the draws that these take."""
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(block_size=20, vocab_size=V, n_layer=1, n_head=1, n_embd=8))
+    plan = {"method": "company-cache", "rank": 2, "alpha": 4.0, "stat_scope": "running",
+            "seed": 0, "cluster_size": 1.5}
+    model, made, drawn = adapt(base, plan), [], []
+    for rank in range(2):
+        run = Run(None, torch.device("cpu"), base=base, rank=rank)
+        run.from_first = lambda make, rank=rank: made[0] if rank else made.append(make()) or made[0]
+        company = held_out_company(run, model, EXAMPLES, plan, "fit", "shuffled")
+        drawn.append([members.tolist() for members in company.members])
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 4
 
 
 def test_decoding_in_16_bits_follows_the_same_memories():

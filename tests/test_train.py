@@ -22,7 +22,7 @@ import scoring
 import train
 from baselines import MaskedHead
 from cache import CompanyCacheHead
-from common import Run, adapt, read_records
+from common import Run, adapt, open_run, read_records
 from conftest import with_base
 from data import IGNORE, Examples
 from files import UserError, read_json, read_tensors, write_tensors
@@ -454,6 +454,22 @@ def test_a_setting_that_was_damaged_is_told(name, value, arguments, finished):
             main(argv)
         assert "\n" not in str(error.value) and name.replace("_", "-") in str(error.value)
     assert contents(finished) == before
+
+
+def test_a_setting_that_an_older_run_does_not_have_is_the_default(arguments, finished):
+    config = json.loads((finished / "config.json").read_text())
+    del config["args"]["rank"], config["args"]["at_hand"]
+    (finished / "config.json").write_text(json.dumps(config))
+    known = open_run(finished, torch.device("cpu"))[1]["args"]
+    assert (known["rank"], known["at_hand"]) == (4, None)
+    assert known.keys() == config["args"].keys() | {"rank", "at_hand"}
+
+
+def test_lora_is_matched_whatever_chameleon_is_told(arguments, finished):
+    """It is told nothing itself, and so does not mind that there is no other cluster."""
+    run = train.main([*arguments, "--methods", "lora-match", "--told", "shuffled",
+                      "--cluster-size", "100000"])
+    assert (run / "adapters" / "lora-match-seed0.last.safetensors").exists()
 
 
 def test_another_tokenizer_is_refused(arguments, finished):
