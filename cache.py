@@ -1,19 +1,18 @@
 """A statistic that keeps the words and where they stood: what a cluster has said, and after what.
 
-A mean of token embeddings no longer knows which tokens it was made of. Here nothing is averaged.
-The statistic of a request is every token w_i that its cluster has produced so far, with the
-hidden state h_i that came before it, and the update of the head is of as high a rank as there are
-tokens: A holds the states, B a one where the tokens are, and a softmax stands between them. There
-are two such memories, 1 of the request's own tokens and 2 of its mates',
+A mean of token embeddings no longer knows which tokens it was made of. Here nothing is averaged:
+the statistic of a request is every token w_i that its cluster has produced so far, with the hidden
+state h_i that came before it. It does not add to the logits but mixes three distributions, the
+head's, one over the request's own tokens (memory 1) and one over its mates' (2):
 
-    p(w | h) = [softmax(W' h)_w + e^g1 [B1 softmax(t A1 h)]_w + e^g2 [B2 softmax(t A2 h)]_w]
-               / (1 + e^g1 + e^g2),    g = gate(h) + a m.
+    p(w | h) = [softmax(W' h)_w + e^g1 M1_w + e^g2 M2_w] / (1 + e^g1 + e^g2)
+    Mj_w     = sum of the softmax over memory j of t (h_i . h), where w_i = w
+    gj       = gate_j(h) + a_j mj,    mj = log mean exp(t (h_i . h)) over memory j
 
 So a request is reminded of how it, and how its mates, went on from where it is now. W' is W with
-static LoRA, and m, the logarithm of the mean of exp(t A h), says how well a memory matches; each
-memory has a gate and an a of its own, so that mates who know nothing can be left unheard. It is the
-continuous cache of Grave, Joulin & Usunier (2017), which remembers a row's own history and stands
-here as a rival (`CacheHead`), given to all requests of a cluster, with trained gates.
+static LoRA. m says how well a memory matches, so that mates who know nothing can be left unheard.
+It is the continuous cache of Grave, Joulin & Usunier (2017), which remembers a row's own history
+and stands here as a rival (`CacheHead`), given to all requests of a cluster, with trained gates.
 
 The requests of a cluster are decoded in step, and a token is known to its mates from the next step
 on: it moves only logits that are made after it (scope `running`). With scope `prompt` no more than

@@ -21,7 +21,7 @@ NAMES = {"frozen base": "frozen", "no head adapter": "frozen",
 CONTROLS = {"another cluster": ", shuffled", "its own history alone": ", own prompt only",
             "its cluster without its own article": ", other articles",
             "its cluster without later rows of its article": ", no later rows",
-            "less the same head, trained on its own history": ", trained on own prompt only"}
+            "its own history alone, and trained so": ", trained on own prompt only"}
 
 
 def entries_of(folder, trunk=None):
@@ -154,7 +154,7 @@ def test_the_table_of_bases():
         assert match == spread(list(lora.values()), 4)
         assert own_history == f"{np.mean([without[seed] - lora[seed] for seed in lora]):+.4f}"
         assert company == f"{np.mean(d):+.4f} ({low:+.4f} to {high:+.4f})"
-        assert wrong == f"{np.mean([shuffled[seed] - with_it[seed] for seed in with_it]):.4f}"
+        assert wrong == f"{np.mean([with_it[seed] - shuffled[seed] for seed in with_it]):+.4f}"
         said = words(folder, "less its control", -1)
         assert said["company-cache", "trained on own prompt only"] == word
 
@@ -189,7 +189,8 @@ def test_how_many_rows_do_not_notice_a_wrong_cluster():
         shares += [(losses[f"joint/chameleon/{seed}/test"]
                     == losses[f"joint/chameleon, shuffled/{seed}/test"]).mean()
                    for seed in range(3)]
-    assert f"{100 * min(shares):.0f} to {max(shares):.0%} of the test rows" in README
+    said = f"{100 * min(shares):.0f} to {max(shares):.0%} of the test rows"
+    assert said in " ".join(README.split())
 
 
 def test_the_anatomy_is_the_committed_one():
