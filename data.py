@@ -201,7 +201,8 @@ def reader(dataset, data_dir):
     path = Path(dataset)
     if not dataset or not path.exists():
         known = ", ".join(["pydocs", *HUB])
-        raise UserError(f"--dataset {dataset}: neither a known name ({known}) nor a file or folder")
+        raise UserError(f"no data set {dataset!r}: neither a known name ({known}) nor a file or "
+                        f"folder")
     if all((path / f"{split}.txt").exists() for split in SPLITS):
         return lambda: read_wikitext(path)
     paths = [path] if path.is_file() else sorted(files_in(path))

@@ -150,7 +150,7 @@ def test_what_cannot_be_asked_of_a_run_is_told_in_a_line(run):
     folder, _ = run
     for asked, why in ((["--sweep", "noise", "--seed", "5"], "no adapter with seed 5"),
                        (["--sweep", "noise", "--on", "pydocs"], "not allowed with"),
-                       (["--on", ""], "--dataset : neither"),
+                       (["--on", ""], "no data set '': neither"),
                        (["--methods", "lora"], "--methods goes with --sweep"),
                        (["--base-only"], "--base-only goes with --prompts"),
                        (["--sweep", "noise", "--generations", "2"], "leave one out"),

@@ -18,10 +18,11 @@ FOLDERS = sorted(path.parent for path in RESULTS.rglob("results.json"))
 NAMES = {"frozen base": "frozen", "no head adapter": "frozen",
          "told another cluster": "shuffled", "told its own history alone": "own prompt only",
          "trained without company": "trained on own prompt only"}
-CONTROLS = {"another cluster": ", shuffled", "its own history alone": ", own prompt only",
-            "its cluster without its own article": ", other articles",
-            "its cluster without later rows of its article": ", no later rows",
-            "its own history alone, and trained so": ", trained on own prompt only"}
+CONTROLS = {"itself, told another cluster": ", shuffled",
+            "itself, told its own history alone": ", own prompt only",
+            "itself, told its cluster without its own article": ", other articles",
+            "itself, told its cluster without later rows of its article": ", no later rows",
+            "the same head, trained without company": ", trained on own prompt only"}
 
 
 def entries_of(folder, trunk=None):
@@ -106,7 +107,7 @@ def test_the_table_of_one_seed_on_two_cores(dataset, column):
 
 
 def test_the_table_of_what_company_is_worth():
-    table, = tables(README, "`company-cache` less itself, told")
+    table, = tables(README, "`company-cache` less")
     columns = [("wikitext2", "joint", 0), ("wikitext2", "shared", 1), ("alpaca", "joint", 0),
                ("alpaca/400-steps", "shared", 0)]
     for column, (folder, trunk, nth) in enumerate(columns, 1):
@@ -141,9 +142,13 @@ def test_the_intervals_of_company_on_alpaca(folder, seeds, sentence):
 
 def test_the_table_of_bases():
     table, = tables(README, "data")
-    for link, _, _, steps, match, own_history, company, word, wrong in table[1:]:
+    assert len(table) == 8
+    for link, size, _, steps, match, own_history, company, word, wrong in table[1:]:
         folder = ROOT / re.search(r"\((.*)/results.md\)", link)[1]
         entries = entries_of(folder, "shared")
+        n, = re.findall(r"base of ([\d,]+) parameters", (folder / "results.md").read_text("utf-8"))
+        assert float(size.removesuffix(" million")) == pytest.approx(
+            int(n.replace(",", "")) / 1e6, rel=0.02)
         assert {e["plan"].get("steps", int(steps)) for e in entries} == {int(steps)}
         lora, with_it, without, shuffled = (
             {seed: e["test"]["loss"] for seed, e in of_method(entries, name).items()}

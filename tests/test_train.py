@@ -467,9 +467,13 @@ def test_a_setting_that_an_older_run_does_not_have_is_the_default(arguments, fin
 
 def test_lora_is_matched_whatever_chameleon_is_told(arguments, finished):
     """It is told nothing itself, and so does not mind that there is no other cluster."""
-    run = train.main([*arguments, "--methods", "lora-match", "--told", "shuffled",
-                      "--cluster-size", "100000"])
-    assert (run / "adapters" / "lora-match-seed0.last.safetensors").exists()
+    ranks = []
+    for told in ([], ["--told", "shuffled"]):
+        train.main([*arguments, "--methods", "lora-match", "--cluster-size", "100000", "--seeds",
+                    str(len(told)), *told])
+        path = finished / "adapters" / f"lora-match-seed{len(told)}.safetensors"
+        ranks.append(read_tensors(path)[1]["plan"]["rank"])
+    assert ranks[0] == ranks[1] > 4
 
 
 def test_another_tokenizer_is_refused(arguments, finished):
