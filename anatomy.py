@@ -108,7 +108,10 @@ def last_states(run, model, tokens):
 
 
 def make_head(arm, flaws, weight, rank, alpha, n_clusters):
-    """An untrained head; LoRA's rank is raised until it has as many parameters as chameleon."""
+    """An untrained head; LoRA's rank is raised until it has as many parameters as chameleon.
+
+    Its alpha stays as it is (`lora-match` raises it with the rank): here the stronger rival.
+    """
     chameleon = ChameleonHead(weight, rank, alpha, n_clusters=n_clusters)
     if arm == "chameleon":
         return chameleon
