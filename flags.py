@@ -28,6 +28,7 @@ ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "bas
 # too, which GPT-2's files leave open.
 SCRATCH = ("size", "vocab_size", "base_lr", "base_epochs", "base_batch_size")
 OF_A_RUN = ("dropout", "tokenizer")
+OF_A_CALL = ("resume", "out", "device")  # what config.json does not keep
 OF_PROMPTS = ("assign", "clusters", "static", "base_only", "json", "method", "temperature", "top_k")
 
 
@@ -274,7 +275,7 @@ def remembered(folder):
         except UserError as error:
             raise UserError(f"{path} is not what train.py wrote: {error}") from None
         config["args"] = {name: value for name, value in checked.items()
-                          if name not in ("resume", "out", "device")}
+                          if name not in OF_A_CALL}
         return config
     if folder.exists() and (folder.is_file() or any(
             p.name not in ("cache", "tokenizer.json") for p in folder.iterdir())):

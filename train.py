@@ -28,7 +28,8 @@ from pathlib import Path
 
 from files import (UserError, read_json, read_tensors, run_cli, write_json, write_tensors,
                    write_text)
-from flags import ALONE, CONDITIONS, HUB_BASES, TOLD_NOTHING, parse_train, train_parser
+from flags import (ALONE, CONDITIONS, HUB_BASES, OF_A_CALL, TOLD_NOTHING, parse_train,
+                   train_parser)
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
     run_cli(train_parser().parse_args)
@@ -574,7 +575,7 @@ def main(argv=None):
     try:
         if rank == 0:
             run.tokenizer.save(folder / "tokenizer.json")
-            settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device")}
+            settings = {k: v for k, v in vars(args).items() if k not in OF_A_CALL}
             write_json(folder / "config.json", {
                 "args": settings, "data": corpus.fingerprint,
                 "instructions": corpus.instructions, "torch": torch.__version__})
