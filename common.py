@@ -228,12 +228,17 @@ def load_weights(model, tensors, path):
 
 
 def read_plan(path, kind):
-    """Tensors of a checkpoint, and the plan that trained it; kind: "base" or "adapter"."""
+    """Tensors of a checkpoint, and the plan that trained it; kind: "base" or "adapter".
+
+    Says so where the training has not finished: what comes of it is no result yet.
+    """
     tensors, info = read_tensors(path)
     plan = info.get("plan")
     wanted = {"base": "config", "adapter": "base"}[kind]
     if not isinstance(plan, dict) or wanted not in plan:
         raise UserError(f"{path} holds no {kind}")
+    if not path.with_suffix(".last.safetensors").exists():
+        print(f"{path} is unfinished: train.py --resume goes on with it", file=sys.stderr)
     return tensors, plan
 
 

@@ -136,7 +136,7 @@ def test_heads_on_a_shared_trunk_are_compared_pairwise_and_swept(run, capsys):
     assert alone == clean  # nobody else's noise reaches it
 
 
-def test_what_is_not_trained_to_its_end_is_called_unfinished(run):
+def test_what_is_not_trained_to_its_end_is_called_unfinished(run, tmp_path, capsys):
     folder, _ = run
     (folder / "base.last.safetensors").unlink()
     for path in (folder / "adapters").glob("*"):
@@ -144,6 +144,12 @@ def test_what_is_not_trained_to_its_end_is_called_unfinished(run):
             path.unlink()
     assert [e["name"] for e in eval.main([str(folder)])] == [
         "frozen (unfinished)", "lora (unfinished)"]
+    capsys.readouterr()
+    (tmp_path / "asked.txt").write_text("The river\n")
+    eval.main([str(folder), "--prompts", str(tmp_path / "asked.txt"), "--method", "lora", "--json"])
+    out, told = capsys.readouterr()
+    assert json.loads(out) and [line.split(" is unfinished")[0] for line in told.splitlines()] == [
+        str(folder / name) for name in ("base.safetensors", "adapters/lora-seed0.safetensors")]
 
 
 def test_what_cannot_be_asked_of_a_run_is_told_in_a_line(run):
