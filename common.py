@@ -227,6 +227,11 @@ def load_weights(model, tensors, path):
         wanted[name].copy_(tensor)
 
 
+def has_finished(path):
+    """Whether the training of a checkpoint has come to its end: then its last weights are there."""
+    return path.exists() and path.with_suffix(".last.safetensors").exists()
+
+
 def read_plan(path, kind):
     """Tensors of a checkpoint, and the plan that trained it; kind: "base" or "adapter".
 
@@ -237,7 +242,7 @@ def read_plan(path, kind):
     wanted = {"base": "config", "adapter": "base"}[kind]
     if not isinstance(plan, dict) or wanted not in plan:
         raise UserError(f"{path} holds no {kind}")
-    if not path.with_suffix(".last.safetensors").exists():
+    if not has_finished(path):
         print(f"{path} is unfinished: train.py --resume goes on with it", file=sys.stderr)
     return tensors, plan
 
@@ -339,7 +344,7 @@ def share_trunk(run):
     made in, so that nothing is lost.
     """
     path = adapter_path(run, "lora", 0)
-    if not path.with_suffix(".last.safetensors").exists():
+    if not has_finished(path):
         raise UserError(f"--trunk shared: heads share the transformer of {path}, which is not "
                         f"finished; train it first with --methods lora --trunk joint")
     model = run.trunk_model = load_adapter(run, path)[0]

@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common import (adapter_paths, choose_device, keep_freed_memory, label, load_adapter,
-                    memory_advice, n_trained, open_corpus, open_run, read_records, share_trunk,
-                    wait)
+from common import (adapter_paths, choose_device, has_finished, keep_freed_memory, label,
+                    load_adapter, memory_advice, n_trained, open_corpus, open_run, read_records,
+                    share_trunk, wait)
 from data import Corpus, load_examples
 from model import HeadAlone, Update
 from prompts import continue_prompts, score_generations, telling_words, text_metrics
@@ -88,8 +88,7 @@ def score_run(run, args):
 
     def add(model, plan, control=None, path=None):
         name, seed = label(plan), plan.get("seed", 0)
-        trained = path or run.folder / "base.safetensors"
-        if not trained.with_suffix(".last.safetensors").exists():
+        if not has_finished(path or run.folder / "base.safetensors"):
             name += " (unfinished)"
         if control != plan.get("told"):
             name += f", {control}"

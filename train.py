@@ -41,9 +41,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from cluster import cluster_batches
-from common import (Run, adapt, adapter_path, choose_device, choose_dtype, join_processes,
-                    keep_freed_memory, label, load_base, load_weights, matrix_rate, memory_advice,
-                    n_trained, open_corpus, read_plan, read_records, share_trunk, wait, weights)
+from common import (Run, adapt, adapter_path, choose_device, choose_dtype, has_finished,
+                    join_processes, keep_freed_memory, label, load_base, load_weights, matrix_rate,
+                    memory_advice, n_trained, open_corpus, read_plan, read_records, share_trunk,
+                    wait, weights)
 from data import IGNORE, Tokenizer, load_examples
 from interop import find_gpt2, load_gpt2
 from model import GPT, SIZES, GPTConfig
@@ -292,7 +293,7 @@ def under(tensors, prefix):
 def is_finished(path, plan, resume):
     """Whether `path` is trained already. Raises rather than overwrite what `plan` did not make."""
     state_path = path.with_suffix(".state.safetensors")
-    finished = path.exists() and path.with_suffix(".last.safetensors").exists()
+    finished = has_finished(path)
     for existing in (path, state_path):
         if existing.exists():
             made_with = {"accumulate": 1, "condition": CONDITIONS[1]}
@@ -493,7 +494,7 @@ def main(argv=None):
     # First everything is checked: until then the folder gets a cache of tokens and nothing else.
     folder, base_path = run.folder, run.folder / "base.safetensors"
     trained = None if args.base == "scratch" else Path(args.base)
-    if base_path.exists() and base_path.with_suffix(".last.safetensors").exists():
+    if has_finished(base_path):
         trained = base_path
     published = None
     if trained and trained != base_path and (args.base in HUB_BASES or trained.is_dir()):
@@ -502,7 +503,7 @@ def main(argv=None):
                 find_gpt2(args.base, args.data_dir), args.block_size, args.dropout)
         config, args.tokenizer = published.config, "gpt2"
     elif args.base != "scratch":
-        if not trained.with_suffix(".last.safetensors").exists():
+        if not has_finished(trained):
             raise UserError(f"--base {trained}: not a base.safetensors whose training has finished")
         config = GPTConfig(**read_plan(trained, "base")[1]["config"])
     else:
@@ -602,7 +603,7 @@ def main(argv=None):
         if world > 1:
             dist.destroy_process_group()
     for state in sorted(folder.rglob("*.state.safetensors")):
-        if not state.with_suffix("").with_suffix(".last.safetensors").exists():
+        if not has_finished(state.with_suffix("").with_suffix(".safetensors")):
             print(f"{state} is unfinished: --resume with its method and settings goes on with it")
     print(f"done; the table and the figures: python eval.py {folder}")
     return folder
