@@ -1,9 +1,9 @@
-"""The time of each head for the next token of each of 32 requests, as eval.py's table has it.
+"""The time of each head for the next token of each of 32 requests, as lab's tables have it.
 
-    python train.py --dataset wikitext2 --base-epochs 1e-9 --methods frozen --out runs/time
+    python -m lab.run train --dataset wikitext2 --base-epochs 1e-9 --methods frozen --out runs/time
     python bench/heads.py runs/time
 
-Untrained heads of train.py's defaults, in turns in one process, among the clusters of the test
+Untrained heads of lab/train.py's defaults, in turns in one process, among the clusters of the test
 split: neither the base nor what a head has learnt changes its time.
 """
 
@@ -15,19 +15,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import adapt, choose_device, keep_freed_memory, open_corpus, open_run
-from data import load_examples
-from eval import latency
-from files import run_cli
-from flags import COUNT, DEVICES, Parser, train_parser
-from scoring import held_out_company
-from train import adapter_plan
+from lab.common import adapt, choose_device, keep_freed_memory, open_corpus, open_run
+from lab.data import load_examples
+from lab.eval import latency
+from lab.files import run_cli
+from lab.flags import COUNT, DEVICES, Parser, train_parser
+from lab.scoring import held_out_company
+from lab.train import adapter_plan
 
 
 @torch.no_grad()
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", help="run folder that train.py wrote")
+    parser.add_argument("run", help="run folder that `python -m lab.run train` wrote")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument("--repeats", type=COUNT, default=5)
     args = parser.parse_args()

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from speed import adapted, autocast, our_loss, proc, training_step
 
-from cluster import kmeans
-from files import write_json
-from model import GPT, GPTConfig
-from scoring import linear_cross_entropy
+from lab.cluster import kmeans
+from lab.files import write_json
+from lab.model import GPT, GPTConfig
+from lab.scoring import linear_cross_entropy
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -35,13 +35,13 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cluster import kmeans
-from common import adapt, choose_device, choose_dtype, keep_freed_memory, matrix_rate, wait
-from data import Corpus, Examples, Tokenizer, load_examples
-from files import UserError, write_json, write_text
-from hypernet import ChameleonHead, Prompts, batch_statistics
-from model import GPT, SIZES, GPTConfig, generate, merge_lora
-from scoring import linear_cross_entropy, losses
+from lab.cluster import kmeans
+from lab.common import adapt, choose_device, choose_dtype, keep_freed_memory, matrix_rate, wait
+from lab.data import Corpus, Examples, Tokenizer, load_examples
+from lab.files import UserError, write_json, write_text
+from lab.hypernet import ChameleonHead, Prompts, batch_statistics
+from lab.model import GPT, SIZES, GPTConfig, generate, merge_lora
+from lab.scoring import linear_cross_entropy, losses
 
 PEERS = {"scikit-learn": "sklearn.cluster", "faiss-cpu": "faiss", "transformers": "transformers",
          "fast-pytorch-kmeans": "fast_pytorch_kmeans", "peft": "peft",
@@ -533,9 +533,10 @@ def bench_import(b):
                                       stdout=subprocess.DEVNULL)
 
     b.table("import and --help, in a process of its own", "under a second", {
-        "train.py --help": start("train.py", "--help"),
-        "eval.py --help": start("eval.py", "--help"),
-        "import train": start("-c", "import train"), "import eval": start("-c", "import eval"),
+        "lab.run train --help": start("-m", "lab.run", "train", "--help"),
+        "lab.run eval --help": start("-m", "lab.run", "eval", "--help"),
+        "import lab.train": start("-c", "import lab.train"),
+        "import lab.eval": start("-c", "import lab.eval"),
         "import torch": start("-c", "import torch"), "python, nothing": start("-c", "pass")})
 
 

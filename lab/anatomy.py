@@ -1,6 +1,6 @@
 """The anatomy of an inflated result: what each flaw of the published code does to the gain.
 
-    python eval.py runs/NAME --anatomy
+    python -m lab.run eval runs/NAME --anatomy
 
 Five flaws have a part in the gain over LoRA that the public code of ChameleonLLM (arXiv 2502.04315)
 prints, and one habit: both arms get the same learning rate, which nobody chose. Here a LoRA head
@@ -24,14 +24,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from common import adapter_path, load_adapter, n_trained, read_records
-from data import IGNORE, Examples
-from eval import COLOURS, figure, markdown, spread
-from files import UserError, write_json, write_text
-from hypernet import ChameleonHead
-from model import HeadAlone, LoRAHead
-from scoring import Company, held_out_company, losses, score, summed
-from train import learning_rate, shuffled
+from lab.common import adapter_path, load_adapter, n_trained, read_records
+from lab.data import IGNORE, Examples
+from lab.eval import COLOURS, figure, markdown, spread
+from lab.files import UserError, write_json, write_text
+from lab.hypernet import ChameleonHead
+from lab.model import HeadAlone, LoRAHead
+from lab.scoring import Company, held_out_company, losses, score, summed
+from lab.train import learning_rate, shuffled
 
 FLAWS = {
     "statistics": "statistics over the whole sequence",

@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cluster import kmeans
-from hypernet import ChameleonHead, ClusteredHead, HyperNetwork
-from model import Update, lora_factors
+from lab.cluster import kmeans
+from lab.hypernet import ChameleonHead, ClusteredHead, HyperNetwork
+from lab.model import Update, lora_factors
 
 
 class PerSampleHead(ChameleonHead):

@@ -26,9 +26,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cluster import kmeans
-from hypernet import product_type
-from model import LMHead, Update, lora_factors
+from lab.cluster import kmeans
+from lab.hypernet import product_type
+from lab.model import LMHead, Update, lora_factors
 
 NEVER = 1 << 30  # when padding is produced
 WIDTH = 4096  # of the features that are clustered, whatever the vocabulary

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from baselines import MaskedHead, PerSampleHead, PromptTuningHead, ScaledHead
-from cache import CacheHead, CompanyCacheHead
-from data import Corpus, Tokenizer
-from files import UserError, read_tensors, whole_file
-from flags import CONTROLS, METHODS, remembered
-from hypernet import ChameleonHead
-from model import GPT, GPTConfig, HeadAlone, LoRAHead, add_lora
+from lab.baselines import MaskedHead, PerSampleHead, PromptTuningHead, ScaledHead
+from lab.cache import CacheHead, CompanyCacheHead
+from lab.data import Corpus, Tokenizer
+from lab.files import UserError, read_tensors, whole_file
+from lab.flags import CONTROLS, METHODS, remembered
+from lab.hypernet import ChameleonHead
+from lab.model import GPT, GPTConfig, HeadAlone, LoRAHead, add_lora
 
 # -------------------------------------------------------------------------------------- device
 
@@ -243,7 +243,8 @@ def read_plan(path, kind):
     if not isinstance(plan, dict) or wanted not in plan:
         raise UserError(f"{path} holds no {kind}")
     if not has_finished(path):
-        print(f"{path} is unfinished: train.py --resume goes on with it", file=sys.stderr)
+        print(f"{path} is unfinished: python -m lab.run train --resume goes on with it",
+              file=sys.stderr)
     return tensors, plan
 
 
@@ -318,7 +319,7 @@ def adapter_paths(folder, trunk="joint"):
         for control in CONTROLS:
             method = method.removesuffix(f"-{control}")
         if method not in METHODS:
-            raise UserError(f"{path} is no adapter that train.py has named; move it away")
+            raise UserError(f"{path} is no adapter that lab.run train has named; move it away")
         return METHODS.index(method), path.name
 
     return sorted(paths, key=rank)
@@ -403,7 +404,7 @@ def open_run(folder, device, dtype=None):
     """A finished or half-finished run, without its examples, and its config.json."""
     config = remembered(folder)
     if config is None:
-        raise UserError(f"{folder} holds no run; train one first: python train.py")
+        raise UserError(f"{folder} holds no run; train one first: python -m lab.run train")
     dtype = choose_dtype(dtype or config["args"]["dtype"], device)[0]
     run = Run(folder, device, dtype, Tokenizer.load(folder / "tokenizer.json"))
     run.base = load_base(folder / "base.safetensors", device, run.tokenizer)

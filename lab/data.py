@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from files import UserError, read_json, whole_file, write_json, write_text
+from lab.files import UserError, read_json, whole_file, write_json, write_text
 
 SPLITS = ("train", "validation", "test")
 IGNORE = -1  # a target that is not scored
@@ -177,8 +177,9 @@ def fetch(name, wanted):
     except Exception as error:  # whatever went wrong on the way, there are two ways out
         raise UserError(
             f"{wanted} does not exist and the Hugging Face Hub cannot be reached "
-            f"({type(error).__name__}); with a network, fetch it with: python train.py --dataset "
-            f"{name} --data-dir {wanted.parents[1]}; without one, use --dataset pydocs") from None
+            f"({type(error).__name__}); with a network, fetch it with: "
+            f"python -m lab.run train --dataset {name} --data-dir {wanted.parents[1]}; "
+            f"without one, use --dataset pydocs") from None
     if name == "alpaca":
         fields = ["instruction", "input", "output"]
         return write_json(wanted, tables["train"].select_columns(fields).to_list())
@@ -322,7 +323,7 @@ class Tokenizer:
         try:
             return cls(spec)
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path} is not a tokenizer that train.py wrote") from None
+            raise UserError(f"{path} is not a tokenizer that lab.run train wrote") from None
 
     def save(self, path):
         write_json(path, self.spec)

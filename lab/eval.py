@@ -1,10 +1,10 @@
 """Score every adapter of a run on validation and test; draw loss against training and the clusters.
 
-    python eval.py runs/wikitext2                       # results.json, results.md, figures
-    python eval.py runs/wikitext2 --on DATA             # the same on other text
-    python eval.py runs/wikitext2 --sweep clusters      # how much company is worth (study.py)
-    python eval.py runs/wikitext2 --anatomy             # what the published code's flaws report
-    python eval.py runs/wikitext2 --prompts prompts.txt # cluster, adapt, continue each line
+    python -m lab.run eval RUN                       # results.json, results.md, figures
+    python -m lab.run eval RUN --on DATA             # the same on other text
+    python -m lab.run eval RUN --sweep clusters      # how much company is worth (study.py)
+    python -m lab.run eval RUN --anatomy             # what the published code's flaws report
+    python -m lab.run eval RUN --prompts prompts.txt # cluster, adapt, continue each line
 
 A chameleon's score depends on the company that an example keeps, so controls stand beside it, from
 the same weights: each example alone (its own prompt's statistic), shuffled (the statistic of
@@ -20,24 +20,19 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from files import UserError, read_json, run_cli, whole_file, write_json, write_text
-from flags import CONTROLS, OF_ARTICLES, parse_eval
-
-if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
-    run_cli(parse_eval)
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common import (adapter_paths, choose_device, has_finished, keep_freed_memory, label,
-                    load_adapter, memory_advice, n_trained, open_corpus, open_run, read_records,
-                    share_trunk, wait)
-from data import Corpus, load_examples
-from model import HeadAlone, Update
-from prompts import continue_prompts, score_generations, telling_words, text_metrics
-from scoring import held_out_company, score, scored_bytes, summed
-
+from lab.common import (adapter_paths, choose_device, has_finished, keep_freed_memory, label,
+                        load_adapter, memory_advice, n_trained, open_corpus, open_run, read_records,
+                        share_trunk, wait)
+from lab.data import Corpus, load_examples
+from lab.files import UserError, read_json, whole_file, write_json, write_text
+from lab.flags import CONTROLS, OF_ARTICLES, parse_eval
+from lab.model import HeadAlone, Update
+from lab.prompts import continue_prompts, score_generations, telling_words, text_metrics
+from lab.scoring import held_out_company, score, scored_bytes, summed
 
 # Okabe & Ito's palette: told apart by all kinds of colour vision, and in grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -356,7 +351,7 @@ def main(argv=None):
         corpus = open_corpus(dataset, data_dir, config)
     metrics = text_metrics(corpus, args.on or dataset) if args.generations else None
     if args.anatomy:
-        from anatomy import dissect  # it builds on this file
+        from lab.anatomy import dissect  # it builds on this file
 
         return dissect(run, config, corpus)
     run.examples = load_examples(
@@ -365,7 +360,7 @@ def main(argv=None):
     if adapter_paths(folder, "shared") and not args.on:
         share_trunk(run)
     if args.sweep:
-        from study import sweep  # so does it
+        from lab.study import sweep  # so does it
 
         return sweep(run, args)
     args.instructions = corpus.instructions
@@ -408,7 +403,3 @@ def main(argv=None):
         draw_clusters(run, model, plan, args.inference or plan["inference"],
                       folder / "clusters.png")
     return entries
-
-
-if __name__ == "__main__":
-    run_cli(main)

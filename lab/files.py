@@ -23,8 +23,11 @@ class UserError(Exception):
     """Something that the user can put right; the message says what is wrong and what to do."""
 
 
-def run_cli(main):
-    """Call `main()`; a `UserError` becomes one line on stderr and exit status 2."""
+def run_cli(main, program=None):
+    """Call `main()`; a `UserError` becomes one line on stderr and exit status 2.
+
+    The line begins with the `program`'s name, by default the script's.
+    """
     interruptible = signal.getsignal(signal.SIGINT) != signal.SIG_IGN
     if interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,7 +45,7 @@ def run_cli(main):
         # Of the processes that torchrun starts, all find the same mistake: one says it.
         rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
         if isinstance(error, OSError) or rank == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            print(f"{program or Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         if interruptible:  # while modules are loaded, and at the end: no traceback
@@ -121,10 +124,10 @@ def read_tensors(path, device="cpu"):
     with tensor_file(path, device) as file:
         header = file.metadata() or {}
         if "info" not in header:
-            raise UserError(f"{path} was not written by train.py: its header has no 'info'")
+            raise UserError(f"{path} was not written by lab.run train: its header has no 'info'")
         info = json.loads(header["info"])
         if not isinstance(info, dict):
-            raise UserError(f"{path} was not written by train.py: its 'info' is no object")
+            raise UserError(f"{path} was not written by lab.run train: its 'info' is no object")
         version = info.pop("version", FORMAT)
         if version != FORMAT:
             raise UserError(f"{path} has format {version}, and this program reads {FORMAT}")

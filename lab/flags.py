@@ -1,11 +1,15 @@
-"""The command lines of train.py and eval.py. No torch here: --help need not wait for it."""
+"""The command lines of `python -m lab.run train` and `python -m lab.run eval`.
+
+No torch here: --help need not wait for it.
+"""
 
 import argparse
 import math
 from pathlib import Path
 
-from files import UserError, read_json
+from lab.files import UserError, read_json
 
+PROGRAM = "python -m lab.run"
 SIZES = ("pico", "nano", "small", "medium", "gpt2")  # model.py has their shapes
 METHODS = ("frozen", "lora", "lora-match", "chameleon", "company-cache", "per-sample",
            "task-embedding", "scaled", "masks", "masks-alone", "library", "prompt-tuning",
@@ -85,8 +89,8 @@ def rates(text):
 
 
 def train_parser():
-    parser = Parser("train.py", formatter_class=Help, description="Train a small GPT, then LoRA "
-                    "and ChameleonLLM adapters on top of it.")
+    parser = Parser(f"{PROGRAM} train", formatter_class=Help, description="Train a small GPT, "
+                    "then LoRA and ChameleonLLM adapters on top of it.")
     add = parser.add_argument
     add("--dataset", default="pydocs", help="pydocs (no network), wikitext2, wikitext2-raw, "
         "alpaca, or a .txt, .json or .jsonl file, or a folder of them")
@@ -154,10 +158,10 @@ def train_parser():
 
 
 def eval_parser():
-    parser = Parser("eval.py", formatter_class=Help,
+    parser = Parser(f"{PROGRAM} eval", formatter_class=Help,
                     description="Score a run's adapters, or continue prompts.")
     add = parser.add_argument
-    add("run", help="run folder that train.py wrote")
+    add("run", help="run folder that `lab.run train` wrote")
     add("--inference", choices=("fit", "assign"), help="cluster requests by k-means among "
         "themselves, or by the nearest training centroid (default: as in training, and so always "
         "for company-cache)")
@@ -196,7 +200,7 @@ def eval_parser():
 
 
 def parse_eval(argv=None):
-    """Arguments of eval.py; a flag that would do nothing is refused."""
+    """Arguments of `python -m lab.run eval`; a flag that would do nothing is refused."""
     parser = eval_parser()
     args = parser.parse_args(argv)
     goes_with = dict.fromkeys(OF_PROMPTS, ("prompts",)) | {
@@ -266,14 +270,14 @@ def remembered(folder):
         config = read_json(path)
         known = config.get("args") if isinstance(config, dict) else None
         if not isinstance(known, dict) or not {*ONCE, "data_dir"} <= known.keys():
-            raise UserError(f"{path} is not what train.py wrote: settings are missing")
+            raise UserError(f"{path} is not what lab.run train wrote: settings are missing")
         parser = train_parser()
         try:  # what was changed by hand is checked as flags are
             checked = vars(parser.parse_args([
                 flag(name, value) for name, value in known.items()
                 if value != parser.get_default(name)]))
         except UserError as error:
-            raise UserError(f"{path} is not what train.py wrote: {error}") from None
+            raise UserError(f"{path} is not what lab.run train wrote: {error}") from None
         config["args"] = {name: value for name, value in checked.items()
                           if name not in OF_A_CALL}
         return config

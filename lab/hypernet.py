@@ -20,8 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cluster import assign, kmeans
-from model import LMHead, Update, lora_factors
+from lab.cluster import assign, kmeans
+from lab.model import LMHead, Update, lora_factors
 
 
 def batch_statistics(mean, count, cluster):

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import torch
 
-from files import UserError, read_json, tensor_file, write_json, write_tensors
-from flags import HUB_BASES
-from model import GPT, GPTConfig, LMHead, LoRAHead, LoRALinear, merge_lora
+from lab.files import UserError, read_json, tensor_file, write_json, write_tensors
+from lab.flags import HUB_BASES
+from lab.model import GPT, GPTConfig, LMHead, LoRAHead, LoRALinear, merge_lora
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out)
 # What config.json may say where this GPT has no choice; first what it writes itself.

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import adapter_path, adapter_paths, label, load_adapter
-from data import END, RESPONSE, Examples, begin_within
-from files import UserError
-from flags import ALONE
-from model import generate, merge_lora
-from scoring import held_out_company
+from lab.common import adapter_path, adapter_paths, label, load_adapter
+from lab.data import END, RESPONSE, Examples, begin_within
+from lab.files import UserError
+from lab.flags import ALONE
+from lab.model import generate, merge_lora
+from lab.scoring import held_out_company
 
 
 def adapt_to(run, model, plan, prompts, inference=None, n_clusters=None):

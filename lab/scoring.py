@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from data import IGNORE
-from hypernet import product_type
+from lab.data import IGNORE
+from lab.hypernet import product_type
 
 LOGITS_BYTES = 1 << 26  # float32 logits that exist at one time; more tokens are taken in turns
 

@@ -1,4 +1,4 @@
-"""How much company is worth: `eval.py RUN --sweep clusters|cluster-size|noise|written`.
+"""How much company is worth: `python -m lab.run eval RUN --sweep QUESTION`, one of
 
     clusters      the same weights, k-means into ever more clusters, of 64 members down to 1
     cluster-size  clusters of 64; of each, a request is told n members, itself among them
@@ -17,12 +17,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from common import adapter_paths, label, load_adapter
-from data import Examples, read_pydocs
-from eval import BESIDE, COLOURS, MARKERS, figure
-from files import UserError, write_json
-from model import HeadAlone, generate
-from scoring import Company, held_out_company, score, summed
+from lab.common import adapter_paths, label, load_adapter
+from lab.data import Examples, read_pydocs
+from lab.eval import BESIDE, COLOURS, MARKERS, figure
+from lab.files import UserError, write_json
+from lab.model import HeadAlone, generate
+from lab.scoring import Company, held_out_company, score, summed
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 SHARES = (0.0, 0.1, 0.25, 0.5)  # noise

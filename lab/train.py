@@ -1,8 +1,8 @@
 """Train the base model, then one adapter after the other on the same frozen base.
 
-    python train.py                                   # the Python documentation, no network
-    python train.py --dataset wikitext2 --seeds 0,1,2
-    python train.py --resume --out runs/wikitext2     # go on after Ctrl-C, exactly
+    python -m lab.run train                                 # the Python documentation, no network
+    python -m lab.run train --dataset wikitext2 --seeds 0,1,2
+    python -m lab.run train --resume --out runs/wikitext2   # go on after Ctrl-C, exactly
 
 A run folder holds
     config.json, tokenizer.json          what was asked for
@@ -26,29 +26,23 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from files import (UserError, read_json, read_tensors, run_cli, write_json, write_tensors,
-                   write_text)
-from flags import (ALONE, CONDITIONS, HUB_BASES, OF_A_CALL, TOLD_NOTHING, parse_train,
-                   train_parser)
-
-if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
-    run_cli(train_parser().parse_args)
-
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from cluster import cluster_batches
-from common import (Run, adapt, adapter_path, choose_device, choose_dtype, has_finished,
-                    join_processes, keep_freed_memory, label, load_base, load_weights, matrix_rate,
-                    memory_advice, n_trained, open_corpus, read_plan, read_records, share_trunk,
-                    wait, weights)
-from data import IGNORE, Tokenizer, load_examples
-from interop import find_gpt2, load_gpt2
-from model import GPT, SIZES, GPTConfig
-from scoring import Company, held_out_company, losses, score, scored_bytes, summed
+from lab.cluster import cluster_batches
+from lab.common import (Run, adapt, adapter_path, choose_device, choose_dtype, has_finished,
+                        join_processes, keep_freed_memory, label, load_base, load_weights,
+                        matrix_rate, memory_advice, n_trained, open_corpus, read_plan, read_records,
+                        share_trunk, wait, weights)
+from lab.data import IGNORE, Tokenizer, load_examples
+from lab.files import UserError, read_json, read_tensors, write_json, write_tensors, write_text
+from lab.flags import ALONE, CONDITIONS, HUB_BASES, OF_A_CALL, TOLD_NOTHING, parse_train
+from lab.interop import find_gpt2, load_gpt2
+from lab.model import GPT, SIZES, GPTConfig
+from lab.scoring import Company, held_out_company, losses, score, scored_bytes, summed
 
 # ------------------------------------------------------------------------------------ training
 
@@ -597,7 +591,8 @@ def main(argv=None):
             for seed in args.seeds:
                 train_adapter(run, args, method, seed, lr, place_of(run, args, method, seed))
     except KeyboardInterrupt:
-        print(f"stopped; go on with: python train.py --resume --out {folder}", file=sys.stderr)
+        print(f"stopped; go on with: python -m lab.run train --resume --out {folder}",
+              file=sys.stderr)
         sys.exit(130)
     finally:
         if world > 1:
@@ -605,9 +600,5 @@ def main(argv=None):
     for state in sorted(folder.rglob("*.state.safetensors")):
         if not has_finished(state.with_suffix("").with_suffix(".safetensors")):
             print(f"{state} is unfinished: --resume with its method and settings goes on with it")
-    print(f"done; the table and the figures: python eval.py {folder}")
+    print(f"done; the table and the figures: python -m lab.run eval {folder}")
     return folder
-
-
-if __name__ == "__main__":
-    run_cli(main)

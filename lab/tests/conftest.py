@@ -6,8 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: two pro
 import pytest
 from hypothesis import settings
 
-import flags
-import model
+from lab import flags, model
 
 settings.register_profile("steady", deadline=None)  # machines differ and are shared
 settings.load_profile("steady")

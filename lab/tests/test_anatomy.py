@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import WORDS
 
-import anatomy
-import eval
-import train
-from anatomy import FLAWS, SCORING, CachedRows, Laboratory, make_head, under
-from common import Run, n_trained
-from data import IGNORE, Document, Tokenizer
-from files import UserError
-from model import GPT, GPTConfig
-from scoring import held_out_company, score, summed
+from lab import anatomy, eval, train
+from lab.anatomy import FLAWS, SCORING, CachedRows, Laboratory, make_head, under
+from lab.common import Run, n_trained
+from lab.data import IGNORE, Document, Tokenizer
+from lab.files import UserError
+from lab.model import GPT, GPTConfig
+from lab.scoring import held_out_company, score, summed
+from lab.tests.conftest import WORDS
 
 NONE, T = frozenset(), 16
 ARGS = {"rank": 2, "alpha": 4.0, "batch_size": 5, "lr": 1e-3}

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines import MaskedHead, PromptTuningHead, ScaledHead
-from model import GPT, GPTConfig, generate
+from lab.baselines import MaskedHead, PromptTuningHead, ScaledHead
+from lab.model import GPT, GPTConfig, generate
 
 C, V, r, K = 6, 20, 2, 9
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-import cache
-from cache import NEVER, CacheHead, CompanyCacheHead, diffuse
-from common import Run, adapt
-from data import IGNORE, Examples
-from model import GPT, GPTConfig, LMHead, generate
-from scoring import Company, held_out_company, linear_cross_entropy, losses, score
+from lab import cache
+from lab.cache import NEVER, CacheHead, CompanyCacheHead, diffuse
+from lab.common import Run, adapt
+from lab.data import IGNORE, Examples
+from lab.model import GPT, GPTConfig, LMHead, generate
+from lab.scoring import Company, held_out_company, linear_cross_entropy, losses, score
 
 V, C = 12, 5
 

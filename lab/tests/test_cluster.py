@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from sklearn.cluster import KMeans as Reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cluster import assign, cluster_batches, kmeans, seed_centroids
+from lab.cluster import assign, cluster_batches, kmeans, seed_centroids
 
 # Small whole numbers: sums are exact in float32, and duplicates are common.
 points_of = hnp.arrays(

@@ -19,10 +19,10 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-import data
-import files
-from data import END, IGNORE, SPLITS, Corpus, Tokenizer, cut, encode, load_examples
-from files import UserError, read_json, read_tensors, run_cli, whole_file, write_json, write_tensors
+from lab import data, files
+from lab.data import END, IGNORE, SPLITS, Corpus, Tokenizer, cut, encode, load_examples
+from lab.files import (UserError, read_json, read_tensors, run_cli, whole_file, write_json,
+                       write_tensors)
 
 quick = settings(max_examples=60, deadline=None)  # a loaded machine must not fail a test
 
@@ -543,7 +543,7 @@ def test_no_network_and_no_copy_names_the_file_and_both_ways_out(
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     fails_in_one_line(lambda: Corpus(name, tmp_path), str(tmp_path / name / wanted),
-                      f"python train.py --dataset {name} --data-dir {tmp_path}",
+                      f"python -m lab.run train --dataset {name} --data-dir {tmp_path}",
                       "--dataset pydocs")
     assert list(tmp_path.iterdir()) == []
 
@@ -638,7 +638,7 @@ def test_tensors_that_are_missing_cut_short_or_of_another_origin_are_refused(tmp
         fails_in_one_line(lambda: read_tensors(path), str(path), "damaged, cut short")
     for metadata in (None, {"format": "pt"}):
         save_file({"a": torch.zeros(2)}, path, metadata=metadata)
-        fails_in_one_line(lambda: read_tensors(path), str(path), "not written by train.py")
+        fails_in_one_line(lambda: read_tensors(path), str(path), "not written by lab.run train")
     save_file({"a": torch.zeros(2)}, path, metadata={"info": "{"})
     fails_in_one_line(lambda: read_tensors(path), str(path), "is damaged")
 
@@ -667,19 +667,22 @@ def test_a_mistake_ends_with_status_2_and_one_line_on_stderr(capsys, monkeypatch
     def main():
         raise UserError("--rank 0: must be at least 1")
 
-    monkeypatch.setattr(sys, "argv", ["some/folder/train.py"])
+    monkeypatch.setattr(sys, "argv", ["some/folder/heads.py"])
     with pytest.raises(SystemExit) as stopped:
         run_cli(main)
     assert stopped.value.code == 2
-    assert capsys.readouterr() == ("", "train.py: error: --rank 0: must be at least 1\n")
+    assert capsys.readouterr() == ("", "heads.py: error: --rank 0: must be at least 1\n")
+    with pytest.raises(SystemExit):
+        run_cli(main, "python -m lab.run train")
+    assert capsys.readouterr().err.startswith("python -m lab.run train: error: --rank 0")
     run_cli(lambda: None)  # a good end raises nothing
     with pytest.raises(ZeroDivisionError):  # a bug is no mistake of the user's: keep its traceback
         run_cli(lambda: 1 / 0)
 
 
 def test_a_closed_pipe_ends_quietly():
-    code = "import files; files.run_cli(lambda: [print('x' * 999) for _ in range(999)])"
-    folder = Path(files.__file__).parent
+    code = "from lab import files; files.run_cli(lambda: [print('x' * 999) for _ in range(999)])"
+    folder = Path(files.__file__).parents[1]
     with subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
         process.stdout.close()  # as `| head` does

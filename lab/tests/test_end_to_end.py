@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -12,18 +13,15 @@ import pytest
 import scipy.stats
 import torch
 
-import eval
-import prompts
-import study
-import train
-from cache import CompanyCacheHead
-from common import label, load_adapter, open_corpus, open_run, share_trunk
-from conftest import with_base
-from data import Examples, Tokenizer, load_examples
-from files import UserError, read_tensors, write_tensors
-from flags import ALONE, METHODS
-from hypernet import ChameleonHead
-from scoring import held_out_company, score, summed
+from lab import eval, prompts, study, train
+from lab.cache import CompanyCacheHead
+from lab.common import label, load_adapter, open_corpus, open_run, share_trunk
+from lab.data import Examples, Tokenizer, load_examples
+from lab.files import UserError, read_tensors, write_tensors
+from lab.flags import ALONE, METHODS
+from lab.hypernet import ChameleonHead
+from lab.scoring import held_out_company, score, summed
+from lab.tests.conftest import with_base
 
 
 @pytest.fixture
@@ -386,11 +384,25 @@ def test_instructions_are_scored_on_responses_and_asked_as_trained(
     assert Tokenizer.load(folder / "tokenizer.json").decode(asked[0]) == "say river\n\n"
 
 
+def in_the_laboratory(*arguments, cwd):
+    """`python -m lab.run ARGUMENTS`, in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "lab.run", *arguments], cwd=cwd, text=True,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+                          capture_output=True)
+
+
 def test_a_folder_without_a_run_is_told_in_one_line_with_status_2(tmp_path):
-    root = Path(__file__).parent.parent
-    for program, arguments in (("eval.py", [str(tmp_path)]), ("train.py", ["--rank", "0"])):
-        done = subprocess.run([sys.executable, str(root / program), *arguments], cwd=tmp_path,
-                              capture_output=True, text=True)
+    for arguments in (["eval", str(tmp_path)], ["train", "--rank", "0"], ["tarin"], []):
+        done = in_the_laboratory(*arguments, cwd=tmp_path)
+        command = " ".join(["python -m lab.run", *arguments[:len(arguments) > 1]])
         assert done.returncode == 2
-        assert len(done.stderr.splitlines()) == 1 and program in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith(f"{command}: error: ")
         assert not list(tmp_path.iterdir())
+
+
+def test_help_says_how_each_command_is_called(tmp_path):
+    for arguments in ([], ["train"], ["eval"]):
+        done = in_the_laboratory(*arguments, "--help", cwd=tmp_path)
+        assert done.returncode == 0 and not done.stderr
+        assert done.stdout.startswith(" ".join(["usage: python -m lab.run", *arguments]))

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypernet import ChameleonHead, HyperNetwork, batch_statistics
-from model import LMHead, LoRAHead
+from lab.hypernet import ChameleonHead, HyperNetwork, batch_statistics
+from lab.model import LMHead, LoRAHead
 
 C, V, r = 6, 20, 2
 

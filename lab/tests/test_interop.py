@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import flags
-import interop
-import train
-from common import adapt, adapter_path, load_adapter, open_run
-from conftest import WORDS
-from data import Tokenizer
-from files import UserError, read_tensors, write_tensors
-from interop import find_gpt2, load_gpt2, load_peft, read_config, save_hf, save_peft
-from model import GPT, GPTConfig, generate, merge_lora
+from lab import flags, interop, train
+from lab.common import adapt, adapter_path, load_adapter, open_run
+from lab.data import Tokenizer
+from lab.files import UserError, read_tensors, write_tensors
+from lab.interop import find_gpt2, load_gpt2, load_peft, read_config, save_hf, save_peft
+from lab.model import GPT, GPTConfig, generate, merge_lora
+from lab.tests.conftest import WORDS
 
 # Other people's warnings, about themselves, are not this project's.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -269,7 +267,7 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(theirs, tmp_path, co
 
 
 def test_an_adapter_file_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("files.FORMAT", 2)
+    monkeypatch.setattr("lab.files.FORMAT", 2)
     write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {"plan": {}})
     monkeypatch.undo()
     with pytest.raises(UserError, match="has format 2, and this program reads 1"):

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-import cache
-from common import Run, adapt
-from data import SPLITS, Corpus, Examples, Tokenizer, load_examples
-from flags import CONTROLS, METHODS
-from model import GPT, GPTConfig
-from scoring import Company, held_out_company, score
+from lab import cache
+from lab.common import Run, adapt
+from lab.data import SPLITS, Corpus, Examples, Tokenizer, load_examples
+from lab.flags import CONTROLS, METHODS
+from lab.model import GPT, GPTConfig
+from lab.scoring import Company, held_out_company, score
 
 V, T, N = 40, 16, 6
 PROMPT = np.array([4, 2, 3, 1, 4, 5])  # as many prompt tokens in each row: lengths differ

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import (
+from lab.model import (
     GPT,
     SIZES,
     GPTConfig,

@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import eval
-import prompts
-import train
-from common import adapter_path, load_adapter, open_run
-from data import Corpus, encode, load_examples
-from files import UserError, read_tensors, write_tensors
-from prompts import adapt_to, rows_of, telling_words
-from scoring import held_out_company, score
+from lab import eval, prompts, train
+from lab.common import adapter_path, load_adapter, open_run
+from lab.data import Corpus, encode, load_examples
+from lab.files import UserError, read_tensors, write_tensors
+from lab.prompts import adapt_to, rows_of, telling_words
+from lab.scoring import held_out_company, score
 
 TEXTS = ["the river of stone and cloud", "winter sings quietly", "a river under green stone",
          "summer road walks over winter", "the house and the apple"]

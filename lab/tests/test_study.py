@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-import study
-from common import Run, adapt
-from data import Examples
-from model import GPT, GPTConfig
-from scoring import Company, held_out_company, score
+from lab import study
+from lab.common import Run, adapt
+from lab.data import Examples
+from lab.model import GPT, GPTConfig
+from lab.scoring import Company, held_out_company, score
 
 V, END = 12, 11
 # The last one's prompt leaves the model no room to write in.

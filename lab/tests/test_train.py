@@ -17,20 +17,18 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-import eval
-import scoring
-import train
-from baselines import MaskedHead
-from cache import CompanyCacheHead
-from common import Run, adapt, open_run, read_records
-from conftest import with_base
-from data import IGNORE, Examples
-from files import UserError, read_json, read_tensors, write_tensors
-from flags import METHODS
-from hypernet import ChameleonHead
-from model import GPT, GPTConfig, LMHead, LoRAHead
-from scoring import held_out_company, linear_cross_entropy, losses, score
-from train import learning_rate, shuffled
+from lab import eval, scoring, train
+from lab.baselines import MaskedHead
+from lab.cache import CompanyCacheHead
+from lab.common import Run, adapt, open_run, read_records
+from lab.data import IGNORE, Examples
+from lab.files import UserError, read_json, read_tensors, write_tensors
+from lab.flags import METHODS
+from lab.hypernet import ChameleonHead
+from lab.model import GPT, GPTConfig, LMHead, LoRAHead
+from lab.scoring import held_out_company, linear_cross_entropy, losses, score
+from lab.tests.conftest import with_base
+from lab.train import learning_rate, shuffled
 
 # ------------------------------------------------------------------------------------- schedule
 
@@ -450,7 +448,7 @@ def test_a_setting_that_was_damaged_is_told(name, value, arguments, finished):
     before = contents(finished)
     for main, argv in ((train.main, arguments), (train.main, [*arguments, "--resume"]),
                        (eval.main, [str(finished)])):
-        with pytest.raises(UserError, match=r"config\.json is not what train\.py") as error:
+        with pytest.raises(UserError, match=r"config\.json is not what lab\.run train") as error:
             main(argv)
         assert "\n" not in str(error.value) and name.replace("_", "-") in str(error.value)
     assert contents(finished) == before
@@ -594,7 +592,8 @@ def test_an_unfinished_run_asks_for_resume(arguments, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------- processes
 
 PROCESS = """
-import sys, flags, model, train
+import sys
+from lab import flags, model, train
 model.SIZES["tiny"] = dict(n_layer=2, n_head=2, n_embd=16, block_size=24)
 flags.SIZES = ("tiny",)
 train.main(sys.argv[1:])
@@ -606,7 +605,7 @@ def together(n_processes, arguments):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    root = Path(train.__file__).parent
+    root = Path(train.__file__).parents[1]
     processes = []
     for rank in range(n_processes):
         told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_processes,

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from eval import of_method, spread
+from lab.eval import of_method, spread
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "lab/README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "results"
 FOLDERS = sorted(path.parent for path in RESULTS.rglob("results.json"))
 # README's names, where they are not those of results.json
@@ -181,7 +181,7 @@ def test_what_is_left_of_company_where_the_model_writes():
     assert f"Of {worth:.4f} that these weights lose without company, {left:.4f} are" in " ".join(
         README.split())
     assert left / worth == pytest.approx(1 / 4, abs=0.02)  # "a quarter of it is left"
-    experiments = (ROOT / "EXPERIMENTS.md").read_text(encoding="utf-8")
+    experiments = (ROOT / "lab/EXPERIMENTS.md").read_text(encoding="utf-8")
     table, = tables(experiments[experiments.index("## What mates write"):], "share of mates")
     for variant, *cells in table[1:]:
         assert cells == [f"{swept[variant, x]:.4f}" for x in (0.0, 0.5, 1.0)]
