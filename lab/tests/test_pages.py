@@ -1,7 +1,8 @@
-"""README's tables say what results/ holds, and results/ agrees with its losses per example."""
+"""The pages' tables say what results/ holds, and results/ agrees with its losses per example."""
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,16 @@ import pytest
 import scipy.stats
 
 from lab.eval import of_method, spread
+from lab.flags import parse_eval, train_parser
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "lab/README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "results"
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (
+    "results/README.md", "lab/README.md", "lab/ANATOMY.md", "lab/EXPERIMENTS.md",
+    "bench/README.md")}
+PAGE = PAGES["results/README.md"]
 FOLDERS = sorted(path.parent for path in RESULTS.rglob("results.json"))
-# README's names, where they are not those of results.json
+# the page's names, where they are not those of results.json
 NAMES = {"frozen base": "frozen", "no head adapter": "frozen",
          "told another cluster": "shuffled", "told its own history alone": "own prompt only",
          "trained without company": "trained on own prompt only"}
@@ -80,7 +85,7 @@ def test_results_agree_with_their_losses_per_example(folder):
     (1, "shared", "wikitext2", 2), (1, "shared", "alpaca/100-steps", 4),
 ])
 def test_the_tables_of_methods(nth, trunk, place, column):
-    table = [t for t in tables(README, "method") if t[0][1] == "trained parameters"][nth]
+    table = [t for t in tables(PAGE, "method") if t[0][1] == "trained parameters"][nth]
     folder, shown = RESULTS / place, set()
     entries, word = entries_of(folder, trunk), words(folder, "seeds", nth)
     for row in table[1:]:
@@ -98,7 +103,7 @@ def test_the_tables_of_methods(nth, trunk, place, column):
 
 @pytest.mark.parametrize("dataset, column", [("wikitext2", 1), ("alpaca", 3)])
 def test_the_table_of_one_seed_on_two_cores(dataset, column):
-    table = next(t for t in tables(README, "method") if t[0][2] == "seeds")
+    table = next(t for t in tables(PAGE, "method") if t[0][2] == "seeds")
     entries = entries_of(RESULTS / dataset / "cpu")
     for row in table[1:]:
         mine = of_method(entries, name_of(row[0]))
@@ -107,7 +112,7 @@ def test_the_table_of_one_seed_on_two_cores(dataset, column):
 
 
 def test_the_table_of_what_company_is_worth():
-    table, = tables(README, "`company-cache` less")
+    table, = tables(PAGE, "`company-cache` less")
     columns = [("wikitext2", "joint", 0), ("wikitext2", "shared", 1), ("alpaca", "joint", 0),
                ("alpaca/400-steps", "shared", 0)]
     for column, (folder, trunk, nth) in enumerate(columns, 1):
@@ -137,14 +142,14 @@ def test_the_intervals_of_company_on_alpaca(folder, seeds, sentence):
     low, high = scipy.stats.t.interval(0.95, len(d) - 1, np.mean(d), scipy.stats.sem(d))
     found = {"mean": np.mean(d), "low": low, "high": high}
     said = sentence.format(**{name: f"{value:+.4f}" for name, value in found.items()})
-    assert said in " ".join(README.split())
+    assert said in " ".join(PAGE.split())
 
 
 def test_the_table_of_bases():
-    table, = tables(README, "data")
+    table, = tables(PAGE, "data")
     assert len(table) == 8
     for link, size, _, steps, match, own_history, company, word, wrong in table[1:]:
-        folder = ROOT / re.search(r"\((.*)/results.md\)", link)[1]
+        folder = RESULTS / re.search(r"\((.*)/results.md\)", link)[1]
         entries = entries_of(folder, "shared")
         n, = re.findall(r"base of ([\d,]+) parameters", (folder / "results.md").read_text("utf-8"))
         assert float(size.removesuffix(" million")) == pytest.approx(
@@ -168,7 +173,7 @@ def test_what_is_left_of_company_where_the_model_writes():
     folder = RESULTS / "pydocs"
     swept = {(r["variant"], r["x"]): r["loss"]
              for r in json.loads((folder / "sweep-written.json").read_text(encoding="utf-8"))}
-    table, = (t for t in tables(README, "`company-cache` on pydocs, told its own history alone "
+    table, = (t for t in tables(PAGE, "`company-cache` on pydocs, told its own history alone "
                                 "4.8425"))
     known = [("not known", 0.0), ("not known", 1.0), ("written by the model", 1.0)]
     for row, (variant, x) in zip(table[1:], known, strict=True):
@@ -179,9 +184,9 @@ def test_what_is_left_of_company_where_the_model_writes():
     worth, left = (alone - swept[key] for key in (
         ("not known", 0.0), ("written by the model, no later rows", 1.0)))
     assert f"Of {worth:.4f} that these weights lose without company, {left:.4f} are" in " ".join(
-        README.split())
+        PAGE.split())
     assert left / worth == pytest.approx(1 / 4, abs=0.02)  # "a quarter of it is left"
-    experiments = (ROOT / "lab/EXPERIMENTS.md").read_text(encoding="utf-8")
+    experiments = PAGES["lab/EXPERIMENTS.md"]
     table, = tables(experiments[experiments.index("## What mates write"):], "share of mates")
     for variant, *cells in table[1:]:
         assert cells == [f"{swept[variant, x]:.4f}" for x in (0.0, 0.5, 1.0)]
@@ -195,11 +200,11 @@ def test_how_many_rows_do_not_notice_a_wrong_cluster():
                     == losses[f"joint/chameleon, shuffled/{seed}/test"]).mean()
                    for seed in range(3)]
     said = f"{100 * min(shares):.0f} to {max(shares):.0%} of the test rows"
-    assert said in " ".join(README.split())
+    assert said in " ".join(PAGE.split())
 
 
 def test_the_anatomy_is_the_committed_one():
-    table, = tables(README, "flaw")
+    table, = tables(PAGES["lab/ANATOMY.md"], "flaw")
     made, = tables((RESULTS / "wikitext2" / "anatomy.md").read_text(encoding="utf-8"), "flaw")
     assert table == made and len(table) > 5
 
@@ -212,5 +217,44 @@ def test_every_mean_with_its_spread_is_one_of_results():
             mine = [e for e in entries if (e["name"], e["trunk"]) == (name, trunk)]
             known |= {spread([e[split]["loss"] for e in mine], 4) for split in
                       ("validation", "test")}
-    said = re.findall(r"[1-9]\.\d{4} ± \d\.\d{4}", README)
+    said = re.findall(r"[1-9]\.\d{4} ± \d\.\d{4}", PAGE)
     assert len(said) > 40 and set(said) <= known
+
+
+def anchors(text):
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    text = re.sub(r"```.*?```", "", PAGES[name], flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(links) > 2
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        there = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_are_understood(name):
+    """Every `python -m lab.run` of a block, with the variables that the block has set."""
+    n = 0
+    for block in re.findall(r"```sh\n(.*?)```", PAGES[name], re.DOTALL):
+        known = {}
+        for line in block.replace("\\\n", "").splitlines():
+            for variable, value in known.items():
+                line = line.replace(f"${variable}", value)
+            if found := re.fullmatch(r'(\w+)="(.*)"( *#.*)?', line):
+                known[found[1]] = found[2]
+            words = shlex.split(line, comments=True)
+            if words[:3] == ["python", "-m", "lab.run"]:
+                parse = {"train": train_parser().parse_args, "eval": parse_eval}[words[3]]
+                parse(words[4:])
+                n += 1
+    assert n > 0 or name in ("results/README.md", "bench/README.md")
