@@ -1,0 +1,164 @@
+"""What the six files share: one-line errors, files that are written whole, the device.
+
+A run is stopped at any moment: by Ctrl-C, a full disk, a closed laptop. So a file is written under
+a temporary name and then renamed, which the operating system does in one step. Tensors are kept
+with safetensors and the rest as JSON: opening a stranger's run folder executes nothing.
+"""
+
+import ctypes
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class UserError(Exception):
+    """Something that the user can put right; the message says what is wrong and what to do."""
+
+
+def run_cli(main):
+    """Call `main()`; a `UserError` becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; train.py --resume goes on with a training", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (UserError, OSError) as error:  # OSError: a full disk, a file in the way
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:  # CUDA has a class for this, CPU and MPS have not
+        if not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: out of memory; lower --batch-size, --block-size "
+              f"or --size", file=sys.stderr)
+        sys.exit(2)
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def whole_file(path):
+    """Yield a temporary path beside `path`; rename it to `path` if the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason}); convert it first, for example "
+                        f"with iconv -t utf-8") from None
+
+
+def parse_json(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error})") from None
+
+
+def write_tensors(path, tensors, info):
+    """Save a dict of tensors and, in the header of the same file, a dict `info` as JSON."""
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as temporary:
+        try:
+            save_file(flat, temporary, metadata={"info": json.dumps(info)})
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"cannot write {path}: {error}") from None
+
+
+def read_tensors(path):
+    """(tensors, info) as `write_tensors` saved them; UserError if that cannot be."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = json.loads((file.metadata() or {})["info"])
+            return {name: file.get_tensor(name) for name in file.keys()}, info
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged, or train.py did not write it ({error})") from None
+
+
+# -------------------------------------------------------------------------------------- device
+
+
+def choose_device(name):
+    """Device, and why."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name == "auto":
+        name = next(device for device, present in there.items() if present)
+        return torch.device(name), "the first of cuda, mps, cpu that is here"
+    if not there[name]:
+        raise UserError(f"--device {name}: this machine, or this build of torch, has none; leave "
+                        f"it out")
+    return torch.device(name), "asked for"
+
+
+def choose_dtype(name, device):
+    """Type of matrix products, and why. On a CPU it is measured: the instructions differ."""
+    if name != "auto":
+        return getattr(torch, name), "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU has it"
+        return torch.float16, "this GPU has no bfloat16"
+    if device.type == "mps":
+        return torch.float32, "the safe choice on MPS"
+    times = {torch.bfloat16: [], torch.float32: []}
+    for dtype in [*times] * 5:  # in turns: other work on the machine comes and goes
+        a = torch.ones(1024, 1024, dtype=dtype)
+        start = time.perf_counter()
+        a @ a
+        times[dtype].append(time.perf_counter() - start)
+    ratio = min(times[torch.float32]) / min(times[torch.bfloat16])
+    dtype = torch.bfloat16 if ratio > 1.5 else torch.float32
+    return dtype, f"bfloat16 multiplies {ratio:.1f} times as fast as float32 here"
+
+
+def autocast(device, dtype):
+    """Products in `dtype`; weights, sums and losses stay float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def keep_freed_memory():
+    """Have glibc reuse large blocks instead of returning them to the system at every step.
+
+    Fresh pages cost a page fault each: a step took 1.4 times as long without this. Elsewhere than
+    on glibc it does nothing.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        libc.mallopt(option, 1 << 30)

@@ -1,0 +1,322 @@
+"""Score a run's adapters beside their controls, draw loss against LoRA; or answer prompts.
+
+    python eval.py runs/python                         # results.md, results.json, two figures
+    python eval.py runs/python --prompts FILE          # cluster the lines, adapt, continue them
+    python eval.py runs/python --prompts FILE --assign # answers that depend on no other line
+
+A chameleon's score depends on what each row is told of its cluster, so controls stand beside it:
+the same weights are told the row's own prompt, another cluster, or nothing (the training mean).
+What the right cluster gains over these is what conditioning is worth; the rest is a larger or a
+longer trained adapter. Every row of the table is scored on the same tokens.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from cluster import kmeans, nearest
+from common import (UserError, choose_device, choose_dtype, keep_freed_memory, read_text, run_cli,
+                    write_json, write_text, whole_file)
+from data import IGNORE, RESPONSE, Tokenizer, cut, kinds, load_documents
+from hypernet import cluster_statistics, features, prompt_means
+from model import generate, merge_lora
+from train import (RATES, Parser, Run, fingerprint, generator, held_out_clusters, load_adapter,
+                   load_base, n_trained, number, read_config, read_records, score)
+
+# Okabe & Ito's palette: told apart by all kinds of colour vision.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+
+
+# ------------------------------------------------------------------------------------- scoring
+
+
+def told(head, means, count, cluster, seed=0):
+    """What N rows may be told: a table (N, C) for each name. "" is the method, the rest controls.
+
+    means (N, C), count (N,) and cluster (N,) are those of the rows' prompts.
+    """
+    own = cluster_statistics(means, count, cluster)
+    ids, first = cluster.unique(return_inverse=True)
+    order = torch.randperm(len(ids), generator=generator(seed))
+    other = torch.empty_like(order).scatter_(0, order, order.roll(1))  # each cluster gets the next
+    where = torch.stack([(first == k).nonzero()[0, 0] for k in range(len(ids))])  # (K,), a row each
+    return {"": own,
+            "told own prompt": means,
+            "told another cluster": own[where[other[first]]],
+            "told nothing": head.center.cpu().expand_as(means)}
+
+
+def score_run(run, config, tokenizer, splits):
+    """One entry for each adapter and control, for the table and results.json."""
+    base = load_base(config["base"], run.device)
+    mark, embedding, entries = fingerprint(base), base.transformer.wte.weight, []
+    sizes = tokenizer.bytes_per_token()
+
+    def add(model, plan, control="", tables=None):
+        entry = {"name": ", ".join(filter(None, (plan["method"], control))), "seed": plan["seed"],
+                 "parameters": n_trained(model), "lr": plan.get("lr"), "rank": plan.get("rank")}
+        for split, rows in splits.items():
+            nll, count = score(run, model, rows, tables and tables[split][control])
+            nll, n = float(nll.sum()), int(count.sum())
+            entry[split] = {"nll_sum": nll, "n_tokens": n, "loss": nll / n,
+                            "perplexity": math.exp(min(nll / n, 100)),
+                            "bits_per_byte": nll / math.log(2) / scored_bytes(rows, sizes)}
+        print(f"{entry['name']}, seed {entry['seed']}: "
+              + ", ".join(f"{split} {entry[split]['loss']:.4f}" for split in splits), flush=True)
+        entries.append(entry)
+
+    add(base, {"method": "frozen", "seed": 0})
+    for path in adapter_paths(run.folder):
+        model, plan = load_adapter(base, mark, path)
+        if plan["method"] != "chameleon":
+            add(model, plan)
+            continue
+        tables = {}
+        for split, rows in splits.items():
+            means, count = prompt_means(rows, embedding)
+            cluster = held_out_clusters(model.lm_head, means, plan)
+            tables[split] = told(model.lm_head, means, count, cluster, plan["seed"])
+        for control in tables["validation"]:
+            add(model, plan, control, tables)
+    return entries
+
+
+def scored_bytes(rows, sizes):
+    """Bytes of text that the scored tokens stand for; sizes (V,), bytes of each token."""
+    batches = (rows.batch(index)[1] for index in torch.arange(len(rows)).split(1024))
+    return sum(int(sizes[targets[targets != IGNORE]].sum()) for targets in batches)
+
+
+def adapter_paths(folder):
+    """Files of finished adapters: method by method in the order of RATES, then by seed."""
+    paths = (Path(folder) / "adapters").glob("*-seed*.safetensors")
+    named = [(path.name.rsplit("-seed", 1)[0], path) for path in paths]
+    known = [(list(RATES).index(name), len(path.name), path) for name, path in named
+             if name in RATES]
+    return [path for _, _, path in sorted(known)]
+
+
+def spread(values, digits):
+    """Mean, and standard deviation over seeds where there are several."""
+    values = torch.tensor(values, dtype=torch.float64)
+    deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{deviation}"
+
+
+def make_table(entries):
+    """Markdown: a line for each method and control, over its seeds."""
+    head = ["method", "seeds", "trained parameters", "learning rate", "validation loss",
+            "test loss", "test perplexity", "test bits a byte"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for name in dict.fromkeys(entry["name"] for entry in entries):
+        same = [entry for entry in entries if entry["name"] == name]
+        cells = [name, str(len(same)), f"{same[0]['parameters']:,}", f"{same[0]['lr'] or 0:g}"]
+        for split, key, digits in (("validation", "loss", 4), ("test", "loss", 4),
+                                   ("test", "perplexity", 2), ("test", "bits_per_byte", 4)):
+            cells.append(spread([entry[split][key] for entry in same], digits))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------- figures
+
+
+def draw_losses(records, frozen, path):
+    """Validation loss against training tokens, and the same less LoRA's; seeds are a band."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curves = {}  # method -> (seeds, points, 2): tokens in millions, loss
+    for name in RATES:
+        by_seed = {}
+        for record in records:
+            if record["method"] == name:
+                by_seed.setdefault(record["seed"], [(0.0, frozen)]).append(
+                    (record["tokens"] / 1e6, record["loss"]))
+        if by_seed:
+            shortest = min(map(len, by_seed.values()))
+            curves[name] = torch.tensor([curve[:shortest] for curve in by_seed.values()])
+    left.axhline(frozen, color="0.4", linestyle="--", label="frozen base")
+    rival = next(iter(curves))  # lora, where it is there
+    for i, (name, curve) in enumerate(curves.items()):
+        points = min(curve.shape[1], curves[rival].shape[1])
+        less = curve[:, :points, 1] - curves[rival][:, :points, 1].mean(dim=0)
+        for axes, tokens, y in ((left, curve[0, :, 0], curve[:, :, 1]),
+                                (right, curve[0, :points, 0], less)):
+            label = f"{name}, {len(curve)} seed{'s' * (len(curve) > 1)}"
+            axes.plot(tokens, y.mean(dim=0), "o-", markersize=4, color=COLOURS[i], label=label)
+            axes.fill_between(tokens, y.amin(dim=0), y.amax(dim=0), color=COLOURS[i], alpha=0.2,
+                              linewidth=0)
+    left.set(title="validation loss", ylabel="nats per token")
+    right.set(title=f"the same, less that of {rival}: below 0 is better")
+    for axes in (left, right):
+        axes.set_xlabel("training tokens of the adapter (millions)")
+        axes.grid(alpha=0.3)
+    left.legend(frameon=False)
+    save(figure, path)
+
+
+def draw_clusters(points, cluster, kind, names, path):
+    """Validation prompts (N, C) in their two widest directions, and what each cluster holds."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    centered = points - points.mean(dim=0)
+    plane = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:2].T  # (N, C) -> (N, 2)
+    K = int(cluster.max()) + 1
+    counts = torch.zeros(K, len(names)).index_put_(
+        (cluster, kind), torch.ones(len(kind)), accumulate=True)  # (K, kinds)
+    counts = counts[counts.argmax(dim=1).argsort(stable=True)]  # clusters of one kind side by side
+    bottom = torch.zeros(K)
+    for i, name in enumerate(names):
+        own = plane[kind == i]
+        left.scatter(own[:, 0], own[:, 1], s=6, color=COLOURS[i % 7], label=name)
+        right.bar(torch.arange(K), counts[:, i], bottom=bottom, color=COLOURS[i % 7], label=name)
+        bottom += counts[:, i]
+    pure = float(counts.amax(dim=1).sum() / counts.sum())
+    left.set(title="prompts, in their two widest directions", xticks=[], yticks=[])
+    right.set(title=f"clusters: {pure:.0%} of the rows are of their cluster's main kind",
+              xlabel="cluster", ylabel="rows")
+    left.legend(frameon=False)
+    save(figure, path)
+
+
+def save(figure, path):
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    print(f"wrote {path}")
+
+
+# ------------------------------------------------------------------------------------- prompts
+
+
+def answer(run, config, tokenizer, args):
+    """Cluster the lines of a file, write each cluster's update, continue each line.
+
+    An answer depends on the other lines: they are the company that its statistic is made of. With
+    --assign, or for a single line, the nearest training cluster's statistic is told instead, each
+    line is continued by itself, and nothing depends on the others. Returns the new token ids.
+    """
+    text = sys.stdin.read() if args.prompts == "-" else read_text(args.prompts)
+    texts = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+    if not texts:
+        raise UserError(f"--prompts {args.prompts}: there is no prompt, one a line")
+    base = load_base(config["base"], run.device)
+    end = RESPONSE if config["instructions"] else ""  # asked as the model was trained
+    prompts = [tokenizer.encode(text + end) for text in texts]
+    room = base.config.block_size
+    for text, prompt in zip(texts, prompts, strict=True):
+        if len(prompt) >= room:
+            raise UserError(f"--prompts: {text[:40]!r}... has {len(prompt)} tokens, and the model "
+                            f"reads {room} at most, prompt and answer; shorten it")
+    model, plan = base, {"method": "frozen"}
+    if args.method != "frozen":
+        path = run.folder / "adapters" / f"{args.method}-seed{args.seed}.safetensors"
+        if not path.exists():
+            there = ", ".join(p.stem for p in adapter_paths(run.folder))
+            raise UserError(f"{path} does not exist; there is {there or 'no adapter'}")
+        model, plan = load_adapter(base, fingerprint(base), path)
+    merge_lora(model)
+    assign = args.assign or len(texts) == 1
+    cluster, statistics = torch.zeros(len(texts), dtype=torch.int64), None
+    if plan["method"] == "chameleon":
+        head, embedding = model.lm_head, base.transformer.wte.weight.cpu()
+        means = torch.stack([embedding[torch.tensor(p)].mean(dim=0) for p in prompts])  # (B, C)
+        points = features(means, head.center.cpu())
+        if assign:
+            known = head.clusters.cpu()  # (K, C)
+            cluster, _ = nearest(points, features(known, head.center.cpu()))
+            statistics = known[cluster]
+        else:
+            k = args.clusters or max(1, round(len(texts) / plan["cluster_size"]))
+            cluster = kmeans(points, min(k, len(texts)), generator(args.seed))[1]
+            count = torch.tensor([float(len(p)) for p in prompts])
+            statistics = cluster_statistics(means, count, cluster)
+        statistics = statistics.to(run.device)
+    new = []
+    batches = torch.arange(len(texts)).split(1 if assign else len(texts))
+    for index in batches:
+        new += generate(model, [prompts[i] for i in index], args.max_new_tokens,
+                        None if statistics is None else statistics[index.to(run.device)],
+                        args.temperature, args.top_k, tokenizer.end,
+                        torch.Generator(run.device).manual_seed(args.seed))
+    for k in cluster.unique().tolist():
+        if statistics is not None:
+            name = "training cluster" if assign else "cluster"
+            print(f"# {name} {k + 1}: {int((cluster == k).sum())} prompts, one update")
+        for i in (cluster == k).nonzero()[:, 0].tolist():
+            print(f"{texts[i]}[{tokenizer.decode(new[i])}]\n")
+    if statistics is not None and not assign:
+        print("These answers depend on each other's prompts; --assign gives some that do not.")
+    return new
+
+
+# ---------------------------------------------------------------------------------------- main
+
+
+def make_parser():
+    parser = Parser(prog="eval.py", description="Score a run's adapters, or continue prompts.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, count = parser.add_argument, number(int, 1, 2**31)
+    add("run", help="run folder that train.py wrote")
+    add("--data-dir", help="where the data set lies (default: as in training)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of matrix products (default: "
+        "as in training)")
+    add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line (- is standard "
+        "input), instead of scoring")
+    add = parser.add_argument_group("with --prompts").add_argument
+    add("--method", default="chameleon", choices=("frozen", *RATES))
+    add("--seed", type=number(int, 0, 2**31), default=0, help="the adapter's, and the sampler's")
+    add("--assign", action="store_true", help="answer each prompt as if it were alone, by the "
+        "update of the nearest training cluster")
+    add("--clusters", type=count, metavar="K", help="how many (default: as large as in training)")
+    add("--max-new-tokens", type=count, default=40, metavar="N")
+    add("--temperature", type=number(float, 0, 1e3), default=0.8, help="0 is greedy")
+    add("--top-k", type=count, default=50, metavar="N", help="tokens to draw from")
+    return parser
+
+
+def main(argv=None):
+    """Score a run; returns the entries of its table. With --prompts, the new token ids."""
+    args = make_parser().parse_args(argv)
+    keep_freed_memory()
+    config, (device, _) = read_config(args.run), choose_device(args.device)
+    asked = config["args"]
+    dtype, _ = choose_dtype(args.dtype or asked["dtype"], device)
+    run = Run(Path(args.run), device, dtype)
+    tokenizer = Tokenizer.load(run.folder / "tokenizer.json")
+    if args.prompts is not None:
+        return answer(run, config, tokenizer, args)
+    documents, data = load_documents(asked["dataset"], args.data_dir or asked["data_dir"])
+    if data != config["data"]:
+        raise UserError(f"--dataset {asked['dataset']} has other text than when {args.run} was "
+                        f"made; put the old text back, or train again with another --out")
+    splits = {split: cut(documents[split], tokenizer, asked["block_size"])
+              for split in ("validation", "test")}
+    entries = score_run(run, config, tokenizer, splits)
+    table = make_table(entries)
+    note = (f"Adapters on {asked['dataset']}; the base is {config['base']}. Losses in nats per "
+            f"scored token, {entries[0]['validation']['n_tokens']:,} of validation and "
+            f"{entries[0]['test']['n_tokens']:,} of test, the same for every line; ± is the "
+            f"standard deviation over seeds. \"told ...\" are controls: the same weights, told "
+            f"something else than their cluster.\n")
+    write_text(run.folder / "results.md", table + "\n" + note)
+    write_json(run.folder / "results.json", {"args": asked, "data": data, "entries": entries})
+    print(f"\n{table}\n{note}")
+    if len(entries) > 1:
+        draw_losses(read_records(run.folder), entries[0]["validation"]["loss"],
+                    run.folder / "loss.png")
+    base = load_base(config["base"], "cpu")
+    means, _ = prompt_means(splits["validation"], base.transformer.wte.weight)
+    points = features(means, means.mean(dim=0))
+    k = max(1, round(len(means) / asked["cluster_size"]))
+    draw_clusters(points, kmeans(points, k, generator(0))[1], splits["validation"].kind,
+                  kinds(asked["dataset"]), run.folder / "clusters.png")
+    return entries
+
+
+if __name__ == "__main__":
+    run_cli(main)

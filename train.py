@@ -1,0 +1,619 @@
+"""Train the base model, then one adapter after the other on the same frozen base.
+
+    python train.py                                   # text that comes with Python, no network
+    python train.py --dataset wikitext2 --seeds 0,1,2
+    python train.py --resume --out runs/wikitext2     # go on after Ctrl-C, exactly
+    torchrun --nproc_per_node=2 train.py ...          # a batch's rows dealt to two processes
+
+A run folder holds config.json, tokenizer.json, base.safetensors (if it was trained here), one file
+an adapter in adapters/ (its weights alone), metrics.jsonl with a record an evaluation, and while a
+training is not finished its *.state.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from cluster import cluster_batches, kmeans, shuffled_batches
+from common import (UserError, autocast, choose_device, choose_dtype, keep_freed_memory, parse_json,
+                    read_tensors, read_text, run_cli, write_json, write_tensors, write_text)
+from data import IGNORE, Tokenizer, cut, load_documents
+from hypernet import ChameleonHead, cluster_means, cluster_statistics, features, prompt_means
+from model import GPT, SIZES, GPTConfig, LoRAHead, add_lora, find_gpt2, load_gpt2
+
+# Each method's peak learning rate: the best of a grid, on validation, for the default job
+# (results/python). One rate for all would favour whom it suits.
+RATES = {"lora": 3e-3, "lora-match": 3e-3, "chameleon": 3e-3}
+HUB_BASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+BASE_BATCH_SIZE = 16  # rows
+LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}  # how many exist at a time
+
+
+@dataclass
+class Run:
+    """A run folder, the device, and which of how many processes this is."""
+
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    rank: int = 0
+    world: int = 1
+
+
+# ------------------------------------------------------------------------------ loss and scores
+
+
+def losses(model, tokens, targets, statistics=None):
+    """Negative log-likelihood of each row's scored targets, summed: (B,), in nats.
+
+    tokens (B, T), targets (B, T) with IGNORE where nothing is scored, statistics (B, C). Training,
+    validation and the final scores are all made of this one.
+    """
+    device = next(model.parameters()).device
+    start = int((targets != IGNORE).any(dim=0).nonzero()[0])  # before it no logits are needed
+    tokens, targets = tokens.to(device), targets[:, start:].to(device)
+    statistics = None if statistics is None else statistics.to(device)
+    logits = model(tokens, statistics, start=start)  # (B, T - start, V)
+    each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE,
+                           reduction="none")  # (B (T - start),)
+    return each.view(len(tokens), -1).sum(dim=1)
+
+
+def chunks(index, run, config):
+    """Parts of index (B,) of so many rows that the logits of a part fit into memory."""
+    return index.split(max(1, LOGITS[run.device.type] // (config.block_size * config.vocab_size)))
+
+
+@torch.no_grad()
+def score(run, model, rows, statistics=None, whole=False):
+    """The metric: losses (N,) of all rows, summed over each row's scored tokens, and how many (N,).
+
+    statistics (N, C) is what each row is told. No score depends on the rows beside it in a batch.
+    """
+    nll = torch.zeros(len(rows), dtype=torch.float64)
+    count = rows.length - (1 if whole else rows.prompt)
+    order = rows.length.argsort(stable=True)[run.rank::run.world]  # little padding in a batch
+    for index in chunks(order, run, model.config):
+        with autocast(run.device, run.dtype):
+            told = None if statistics is None else statistics[index]
+            nll[index] = losses(model, *rows.batch(index, whole), told).double().cpu()
+    if run.world > 1:
+        nll = nll.to(run.device, torch.float32 if run.device.type == "mps" else torch.float64)
+        dist.all_reduce(nll)
+    return nll.cpu(), count
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+
+def learning_rate(step, total, peak):
+    """Linear warm-up over the first 5% of `total` steps, then a cosine down to 10% of `peak`."""
+    warmup = max(1, round(0.05 * total))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def fit(run, path, model, plan, rows, batches, statistics, evaluate):
+    """Train what of `model` is not frozen; write its best weights, by validation loss, to `path`.
+
+    plan: dict of everything that shapes the training, kept with the weights; rows: see data.py;
+    batches(epoch) -> index tensors; statistics(index) -> (B, C) or None; evaluate() -> losses and
+    counts as `score` returns them. Goes on where the state beside `path` was left.
+    """
+    name = f"{plan['method']}, seed {plan['seed']}"
+    whole, total = plan["method"] == "base", plan["steps"]
+    evaluate_after = {round(total * (i + 1) / plan["evaluations"])
+                      for i in range(plan["evaluations"])}
+    state_path, log = path.with_suffix(".state"), run.folder / "metrics.jsonl"
+
+    # An adapter is small and decays nothing; a base decays its matrices.
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.dim() > 1],
+               "weight_decay": 0.1 if whole else 0.0},
+              {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95),
+                                  fused=run.device.type != "mps")
+    # float16 has no room for small gradients: losses are scaled up, gradients down again.
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+
+    # Resume: weights, moments, the step and the best weights so far say all. Batches follow from
+    # seed and epoch, and nothing else is drawn.
+    done = {"step": 0, "tokens": 0, "seconds": 0.0, "best": None}
+    best = {}
+    if state_path.exists():
+        tensors, info = read_tensors(state_path)
+        done = info["done"]
+        load_weights(model, under("model.", tensors), state_path)
+        best = under("best.", tensors)
+        moments = {i: under(f"moments.{i}.", tensors) for i in range(len(parameters))}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        scaler.load_state_dict(info["scaler"])
+        print(f"{name}: going on from step {done['step']} of {total}")
+
+    def save_state():
+        if run.rank == 0:
+            tensors = {f"model.{n}": t for n, t in weights(model).items()}
+            tensors |= {f"best.{n}": t for n, t in best.items()}
+            for i, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"moments.{i}.{n}": t for n, t in moments.items()}
+            write_tensors(state_path, tensors,
+                          {"plan": plan, "done": done, "scaler": scaler.state_dict()})
+
+    if run.rank == 0:  # what was recorded after the state was saved is about to come again
+        records = read_records(run.folder)
+        kept = [r for r in records if (r["method"], r["seed"]) != (plan["method"], plan["seed"])
+                or r["step"] <= done["step"]]
+        write_text(log, "".join(json.dumps(record) + "\n" for record in kept))
+
+    objective = model
+    if run.world > 1:  # gradients become the mean of all processes'
+        objective = DistributedDataParallel(model, broadcast_buffers=False)
+    bar = tqdm(total=total, initial=done["step"], desc=name, unit="step",
+               disable=True if run.rank else None)  # None: no bar where there is no terminal
+    epoch, started, saved = None, time.perf_counter(), time.perf_counter()
+    for step in range(done["step"], total):
+        if step // plan["steps_per_epoch"] != epoch:
+            epoch = step // plan["steps_per_epoch"]
+            drawn = batches(epoch)
+        index = drawn[step % plan["steps_per_epoch"]]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, plan["lr"])
+
+        # ---- one step: the mean loss over the scored tokens of the batch, chunk by chunk. Each
+        # chunk's gradients are added to the others', and its logits are freed.
+        model.train()
+        n_scored = int((rows.length - (1 if whole else rows.prompt))[index].sum())
+        mine, told = index[run.rank::run.world], statistics(index)
+        told = None if told is None else told[run.rank::run.world]
+        parts = list(chunks(torch.arange(len(mine)), run, model.config))
+        for part in parts:
+            last = part is parts[-1]
+            with nullcontext() if last or run.world == 1 else objective.no_sync():
+                with autocast(run.device, run.dtype):
+                    nll = losses(objective, *rows.batch(mine[part], whole),
+                                 None if told is None else told[part]).sum()
+                scaler.scale(nll * run.world / n_scored).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        # ----
+
+        done["step"] += 1
+        done["tokens"] += int(rows.length[index].sum())
+        bar.update()
+        if done["step"] in evaluate_after:
+            done["seconds"] += time.perf_counter() - started
+            model.eval()
+            nll, count = evaluate()
+            loss = float(nll.sum() / count.sum())
+            if not math.isfinite(loss):
+                raise UserError(f"{name}: the loss is {loss} at step {done['step']}; lower "
+                                f"{'--base-lr' if whole else '--lr'}, with another --out")
+            bar.write(f"{name}: step {step + 1}/{total}, validation loss {loss:.4f}")
+            if done["best"] is None or loss < done["best"]:
+                done["best"] = loss
+                best = {n: t.detach().clone() for n, t in weights(model).items()}
+            if run.rank == 0:
+                record = {"method": plan["method"], "seed": plan["seed"], "step": done["step"],
+                          "tokens": done["tokens"], "loss": loss}
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            save_state()
+            started = saved = time.perf_counter()
+        elif time.perf_counter() - saved > 60:
+            done["seconds"] += time.perf_counter() - started
+            save_state()
+            started = saved = time.perf_counter()
+    bar.close()
+    if run.rank == 0:
+        write_tensors(path, best, {"plan": plan, "done": done})
+        state_path.unlink()
+    if run.world > 1:
+        dist.barrier()
+    print(f"{name}: validation loss {done['best']:.4f}, {done['tokens'] / done['seconds']:,.0f} "
+          f"tokens/s")
+
+
+def under(prefix, tensors):
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def weights(model):
+    """What a checkpoint holds: the trained parameters, and what a chameleon head remembers."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained | dict(model.named_buffers())
+
+
+@torch.no_grad()
+def load_weights(model, tensors, path):
+    wanted = weights(model)
+    odd = {(n, t.shape) for n, t in wanted.items()} ^ {(n, t.shape) for n, t in tensors.items()}
+    if odd:
+        raise UserError(f"{path} is of another setting: {min(odd)[0]} does not fit this model")
+    for name, tensor in tensors.items():
+        wanted[name].copy_(tensor)
+
+
+def is_finished(run, path, plan, resume):
+    """Whether `path` is trained already. UserError rather than overwrite what `plan` did not make,
+    or what was interrupted and is not to be resumed."""
+    state_path = path.with_suffix(".state")
+    for existing in (path, state_path):
+        if existing.exists():
+            made_with = read_tensors(existing)[1]["plan"]
+            for key in plan:
+                if made_with.get(key) != plan[key]:
+                    raise UserError(f"{existing} was made with {key} = {made_with.get(key)}, not "
+                                    f"{plan[key]}; choose another --out, or delete that file")
+    if path.exists():
+        if run.rank == 0:  # a kill came between the last two things that `fit` does
+            state_path.unlink(missing_ok=True)
+        print(f"{path}: trained before")
+        return True
+    if state_path.exists() and not resume:
+        raise UserError(f"{state_path} is an interrupted training; add --resume to go on with it, "
+                        f"choose another --out, or delete that file")
+    return False
+
+
+def read_records(folder):
+    """Records of metrics.jsonl. A torn last line, such as a kill can leave, does not count."""
+    path, records = folder / "metrics.jsonl", []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def plan_steps(n_rows, batch_size, epochs, evaluations, limit=None):
+    per_epoch = -(-n_rows // batch_size)
+    steps = min(max(1, round(epochs * per_epoch)), limit or math.inf)
+    return {"batch_size": batch_size, "steps": steps, "steps_per_epoch": per_epoch,
+            "evaluations": min(evaluations, steps)}
+
+
+def generator(seed, epoch=0):
+    """The same draws for the same seed and epoch: nothing to save for resuming."""
+    return torch.Generator().manual_seed(1_000_003 * (seed + 1) + epoch)
+
+
+# ------------------------------------------------------------------------------------- the base
+
+
+def train_base(run, args, tokenizer, documents):
+    """Train a base from scratch on whole rows, prompts included."""
+    train, validation = (cut(documents[split], tokenizer, args.block_size)
+                         for split in ("train", "validation"))
+    config = GPTConfig(args.block_size, tokenizer.vocab_size, **SIZES[args.size])
+    plan = {"method": "base", "seed": 0, "lr": args.base_lr, "config": asdict(config),
+            **plan_steps(len(train), BASE_BATCH_SIZE, args.base_epochs, args.evaluations)}
+    path = run.folder / "base.safetensors"
+    if not is_finished(run, path, plan, args.resume):
+        torch.manual_seed(0)
+        model = GPT(config).to(run.device)
+        fit(run, path, model, plan, train,
+            lambda epoch: shuffled_batches(train.length, BASE_BATCH_SIZE, generator(0, epoch)),
+            lambda index: None, lambda: score(run, model, validation, whole=True))
+
+
+def load_base(path, device):
+    """The frozen base in a file that train.py wrote, or in a folder of GPT-2's weights."""
+    if Path(path).is_dir():
+        model = load_gpt2(path)
+    else:
+        tensors, info = read_tensors(path)
+        if "config" not in info.get("plan", {}):
+            raise UserError(f"{path} holds no base; name a base.safetensors or a GPT-2's folder")
+        model = GPT(GPTConfig(**info["plan"]["config"]))
+        load_weights(model, tensors, path)
+    return model.to(device).requires_grad_(False).eval()
+
+
+def fingerprint(model):
+    """An adapter remembers its base's: it fits no other."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------- the adapters
+
+
+def make_adapter(base, plan):
+    """The frozen base with the untrained adapters of plan["method"]; its logits are the base's."""
+    device, rank, alpha = base.lm_head.weight.device, plan["rank"], plan["alpha"]
+    model = add_lora(base, rank, alpha)
+    if plan["method"] == "chameleon":
+        model.lm_head = ChameleonHead(model.transformer.wte.weight, rank, alpha, plan["clusters"])
+    else:
+        model.lm_head = LoRAHead(model.transformer.wte.weight, rank, alpha)
+    return model.to(device)
+
+
+def n_trained(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def adapter_plan(args, base, base_fingerprint, method, seed, n_rows):
+    """Everything that shapes an adapter's training, as its file will remember it."""
+    plan = {"method": method, "seed": seed, "base": base_fingerprint, "rank": args.rank,
+            "alpha": args.alpha, "lr": args.lr or RATES[method],
+            **plan_steps(n_rows, args.batch_size, args.epochs, args.evaluations, args.max_steps)}
+    told = {"clusters": max(1, round(n_rows / args.cluster_size)),
+            "cluster_size": args.cluster_size, "batches": args.batches}
+    if method == "lora-match":  # LoRA whose rank gives it as many parameters as chameleon
+        chameleon = n_trained(make_adapter(base, plan | told | {"method": "chameleon"}))
+        plan["rank"] = max(1, round(chameleon / n_trained(make_adapter(base, plan | {"rank": 1}))))
+        plan["alpha"] = args.alpha / args.rank * plan["rank"]
+    return plan | told if method == "chameleon" else plan
+
+
+def held_out_clusters(head, means, plan):
+    """Cluster (N,) of held-out prompts, means (N, C): k-means on the requests at hand."""
+    k = max(1, round(len(means) / plan["cluster_size"]))
+    return kmeans(features(means, head.center.cpu()), k, generator(plan["seed"]))[1]
+
+
+def train_adapter(run, path, base, plan, train, validation):
+    """Train one adapter on the continuations of the training split."""
+    torch.manual_seed(plan["seed"])
+    model, seed, size = make_adapter(base, plan), plan["seed"], plan["batch_size"]
+    told = held_out = None
+
+    def batches(epoch):
+        if plan.get("batches") == "clustered":
+            return cluster_batches(cluster, size, generator(seed, epoch))
+        return shuffled_batches(train.length, size, generator(seed, epoch))
+
+    def statistics(index):
+        if told is None or plan["batches"] == "shuffled":
+            return None if told is None else told[index]
+        # The paper's: the statistic of what of the cluster is in the batch.
+        return cluster_statistics(means[index], count[index], cluster[index])
+
+    if plan["method"] == "chameleon":
+        head, embedding = model.lm_head, base.transformer.wte.weight
+        means, count = prompt_means(train, embedding)
+        points = features(means, means.mean(dim=0)).to(run.device)
+        cluster = kmeans(points, plan["clusters"], generator(seed))[1].cpu()
+        head.remember(means, cluster_means(means, count, cluster, plan["clusters"]))
+        told = cluster_statistics(means, count, cluster)  # (N, C)
+        their_means, their_count = prompt_means(validation, embedding)
+        theirs = held_out_clusters(head, their_means, plan)
+        held_out = cluster_statistics(their_means, their_count, theirs)
+    fit(run, path, model, plan, train, batches, statistics,
+        lambda: score(run, model, validation, held_out))
+
+
+def load_adapter(base, base_fingerprint, path):
+    """The base with the adapter in `path` on it, and the plan that trained it."""
+    tensors, info = read_tensors(path)
+    plan = info.get("plan", {})
+    if plan.get("base") != base_fingerprint:
+        raise UserError(f"{path} is not an adapter of this base")
+    model = make_adapter(base, plan)
+    load_weights(model, tensors, path)
+    return model.eval(), plan
+
+
+# ---------------------------------------------------------------------------------------- main
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def number(kind, low, high):
+    """An argparse type: an int or a float from `low` to `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a number from {low} to {high}, not {text!r}")
+        return value
+
+    return parse
+
+
+def some(kind, text):
+    """A list of what stands between commas, each checked by `kind`, none twice."""
+    return list(dict.fromkeys(kind(part) for part in text.split(",")))
+
+
+def method(text):
+    if text not in RATES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(RATES)}")
+    return text
+
+
+def make_parser():
+    parser = Parser(prog="train.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    description="Train a small GPT, then LoRA and ChameleonLLM adapters on it.")
+    add, count = parser.add_argument, number(int, 1, 2**31)
+    rate = number(float, 1e-9, 100)
+    add("--dataset", default="python", help="what the adapters learn: python (text that comes with "
+        "it, no network), wikitext2, alpaca, a .txt, .json or .jsonl file or a folder of them, or "
+        "several with commas between them")
+    add("--data-dir", default="data", help="where data sets and weights are looked for, and kept "
+        "when fetched")
+    add("--base", default="auto", help="scratch: train one; gpt2, gpt2-medium...: OpenAI's; a "
+        "folder with such weights; another run's base.safetensors. auto: gpt2 where there is a GPU "
+        "and the weights can be had (not for --dataset python), else scratch")
+    add("--base-dataset", default="pydocs", help="what a base from scratch, and its tokenizer, "
+        "learn: better other text than the adapters', or these have nothing to learn")
+    add("--size", choices=SIZES, default="nano", help="of a base from scratch")
+    add("--methods", type=lambda text: some(method, text), default="lora,lora-match,chameleon",
+        metavar="M,M", help="which adapters; lora-match has as many parameters as chameleon")
+    add("--seeds", type=lambda text: some(number(int, 0, 2**31), text), default="0", metavar="N,N",
+        help="an adapter of each method for each: initial values, batches, k-means; a base has 0")
+    add("--out", help="run folder (default: runs/DATASET)")
+    add("--resume", action="store_true", help="go on with what --out holds, with its settings")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="of matrix products; auto takes what is fast, and says why")
+    add("--block-size", type=number(int, 4, 1 << 20), default=256, metavar="T",
+        help="tokens in a row")
+    add("--vocab-size", type=number(int, 257, 1 << 20), default=4096, metavar="V",
+        help="of the tokenizer of a base from scratch")
+    add("--base-lr", type=rate, default=3e-3, help="peak learning rate of the base")
+    add("--base-epochs", type=number(float, 1e-9, 1e6), default=2.0, help="its passes over text")
+    add("--lr", type=rate, help="of the adapters (default: each method's own, "
+        f"{', '.join(f'{name} {value:g}' for name, value in RATES.items())})")
+    add("--epochs", type=number(float, 1e-9, 1e6), default=1.0, help="the adapters' passes")
+    add("--max-steps", type=count, help="at most so many steps of an adapter")
+    add("--batch-size", type=count, default=32, metavar="B", help="rows in an adapter's batch")
+    add("--batches", choices=("shuffled", "clustered"), default="shuffled", help="chameleon's: any "
+        "rows, each with the statistic of its cluster, or the paper's, each of one cluster")
+    add("--cluster-size", type=count, default=32, metavar="N", help="rows in a cluster, on average")
+    add("--rank", type=count, default=4, metavar="r", help="of every low-rank update")
+    add("--alpha", type=number(float, 1e-9, 1e9), default=8.0, help="updates scale by alpha / rank")
+    add("--evaluations", type=count, default=5, help="validations in a training")
+    return parser
+
+
+def parse(argv):
+    """The arguments; with --resume those of the run, but for what is given now."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    args.out = args.out or f"runs/{Path(args.dataset.replace(',', '-')).stem}"
+    config = Path(args.out) / "config.json"
+    if args.resume and not config.exists():
+        raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
+    if args.resume:
+        parser.set_defaults(**read_config(args.out)["args"], out=args.out)
+        args = parser.parse_args(argv)
+    return args
+
+
+def read_config(folder):
+    """config.json of a run folder: settings, the data's fingerprint, the base's path."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} holds no run; train one first: python train.py")
+    config = parse_json(read_text(path), path)
+    wanted = {"args", "data", "base", "instructions"}
+    if not isinstance(config, dict) or not wanted <= config.keys():
+        raise UserError(f"{path} is not what train.py wrote")
+    return config
+
+
+def choose_base(args, device):
+    """What --base auto stands for, and why."""
+    if args.base != "auto":
+        return args.base, "asked for"
+    if args.dataset == "python":
+        return "scratch", "the default for --dataset python"
+    if device.type != "cuda":
+        return "scratch", "there is no GPU"
+    try:
+        find_gpt2("gpt2", args.data_dir)
+    except UserError as error:
+        return "scratch", str(error)
+    return "gpt2", "there is a GPU, and the weights are at hand"
+
+
+def join_processes(run):
+    """Take the place among the processes that torchrun has started, if it has."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if run.device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"torchrun: there is no GPU for process {local}; start fewer")
+        run.device = torch.device("cuda", local)
+        torch.cuda.set_device(run.device)
+    dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
+    run.rank, run.world = dist.get_rank(), dist.get_world_size()
+
+
+def main(argv=None):
+    """Train what the arguments ask for; returns the run folder's path."""
+    args = parse(argv)
+    keep_freed_memory()
+    device, why_device = choose_device(args.device)
+    dtype, why_dtype = choose_dtype(args.dtype, device)
+    args.dtype = str(dtype).removeprefix("torch.")  # so that a resumed run computes as before
+    run = Run(Path(args.out), device, dtype)
+    join_processes(run)
+    print(f"device {run.device}: {why_device}; {args.dtype}: {why_dtype}")
+
+    base_name, why_base = choose_base(args, device)
+    scratch = base_name == "scratch"
+    own = run.folder / "base.safetensors"
+    base_path = own if scratch else Path(base_name)
+    if base_name in HUB_BASES:
+        base_path = find_gpt2(base_name, args.data_dir)
+    if not scratch and not base_path.exists():
+        raise UserError(f"--base {base_name}: neither scratch, auto, {', '.join(HUB_BASES)} nor a "
+                        f"folder or file")
+    documents, data = load_documents(args.dataset, args.data_dir)
+    if (run.folder / "config.json").exists() and read_config(run.folder)["data"] != data:
+        raise UserError(f"{run.folder} is a run on other text than --dataset {args.dataset} has "
+                        f"now; choose another --out")
+    known = (run.folder if scratch else base_path.parent) / "tokenizer.json"
+    base_documents = None
+    if scratch:
+        base_documents, _ = load_documents(args.base_dataset, args.data_dir)
+    if scratch and not known.exists():
+        texts = (d.prompt + d.text for d in base_documents["train"])
+        tokenizer = Tokenizer.learn(texts, args.vocab_size)
+    elif base_path.is_dir():
+        tokenizer = Tokenizer({"name": "gpt2"})
+    else:
+        tokenizer = Tokenizer.load(known)
+    train, validation = (cut(documents[split], tokenizer, args.block_size)
+                         for split in ("train", "validation"))
+    print(f"the base has read: {args.base_dataset if scratch else base_path} ({why_base}); "
+          f"the adapters will read: {args.dataset}, {len(train):,} rows, "
+          f"{train.length.sum():,} tokens")
+    if run.rank == 0:
+        kept = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device")}
+        write_json(run.folder / "config.json",
+                   {"args": kept, "data": data, "base": str(base_path), "why": why_base,
+                    "instructions": any(d.prompt for d in documents["train"])})
+        write_json(run.folder / "tokenizer.json", tokenizer.spec)
+    if scratch:
+        train_base(run, args, tokenizer, base_documents)
+    base = load_base(base_path, run.device)
+    if args.block_size > base.config.block_size or base.config.vocab_size != tokenizer.vocab_size:
+        raise UserError(f"--base {base_path} reads rows of {base.config.block_size} tokens at "
+                        f"most, of {base.config.vocab_size} kinds; --block-size is "
+                        f"{args.block_size}, and the tokenizer knows {tokenizer.vocab_size}")
+    mark = fingerprint(base)
+    for name in args.methods:
+        for seed in args.seeds:
+            path = run.folder / "adapters" / f"{name}-seed{seed}.safetensors"
+            plan = adapter_plan(args, base, mark, name, seed, len(train))
+            if not is_finished(run, path, plan, args.resume):
+                train_adapter(run, path, base, plan, train, validation)
+    if run.world > 1:
+        dist.destroy_process_group()
+    print(f"done; the table and the figures: python eval.py {run.folder}")
+    return run.folder
+
+
+if __name__ == "__main__":
+    run_cli(main)
