@@ -49,11 +49,11 @@ class Document:
 # ------------------------------------------------------- text that comes with Python: no network
 
 
-def standard_library(pattern):
+def standard_library(*patterns):
     """(name, source) of the standard library's modules: not its tests, nor what is installed."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
-    for path in sorted(root.glob(pattern)):
+    for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
         name = path.relative_to(root)
         if not skipped & set(name.parts):
             yield name.as_posix(), path.read_text(encoding="utf-8", errors="replace")
@@ -78,8 +78,9 @@ def read_pydocs():
 
 
 def read_pycode():
-    """Code: the standard library's top-level modules without their docstrings."""
-    for name, source in standard_library("*.py"):
+    """Code: modules of four packages of the standard library, without their docstrings."""
+    packages = ("asyncio", "email", "multiprocessing", "unittest")
+    for name, source in standard_library(*(f"{package}/*.py" for package in packages)):
         lines = source.splitlines(keepends=True)
         for node in docstrings(source):
             lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
@@ -94,8 +95,8 @@ def read_pymanual():
 
 
 def read_pytables():
-    """Tables: the modules that say which character each byte of an encoding is."""
-    return [Document(*item) for item in standard_library("encodings/*.py")]
+    """Tables: the modules that say which character each byte of an encoding stands for."""
+    return [Document(*item) for item in standard_library("encodings/iso*.py", "encodings/mac*.py")]
 
 
 # ---------------------------------------------------------------------------------- other text
