@@ -190,7 +190,7 @@ def load_gpt2(folder):
         raise UserError(f"{folder} holds no GPT-2 ({type(error).__name__}: {error})") from None
     stored = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
     for name, p in model.transformer.named_parameters():
-        tensor = stored.get(name, torch.empty(0))
+        tensor = stored.get(name, torch.empty(0, 0))
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensor = tensor.T  # published (in, out), here (out, in)
         if tensor.shape != p.shape:

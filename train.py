@@ -487,7 +487,7 @@ def make_parser():
     add("--batch-size", type=count, default=32, metavar="B", help="rows in an adapter's batch")
     add("--batches", choices=("shuffled", "clustered"), default="shuffled", help="chameleon's: any "
         "rows, each with the statistic of its cluster, or the paper's, each of one cluster")
-    add("--cluster-size", type=count, default=32, metavar="N", help="rows in a cluster, on average")
+    add("--cluster-size", type=count, default=8, metavar="N", help="rows in a cluster, on average")
     add("--rank", type=count, default=4, metavar="r", help="of every low-rank update")
     add("--alpha", type=number(float, 1e-9, 1e9), default=8.0, help="updates scale by alpha / rank")
     add("--evaluations", type=count, default=5, help="validations in a training")
