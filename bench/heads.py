@@ -15,13 +15,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common import run_cli
 from lab.common import adapt, choose_device, keep_freed_memory, open_corpus, open_run
 from lab.data import load_examples
 from lab.eval import latency
-from lab.files import run_cli
-from lab.flags import COUNT, DEVICES, Parser, train_parser
+from lab.flags import COUNT, DEVICES, train_parser
 from lab.scoring import held_out_company
 from lab.train import adapter_plan
+from train import Parser
 
 
 @torch.no_grad()

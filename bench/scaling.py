@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from speed import adapted, autocast, our_loss, proc, training_step
 
+from common import write_json
 from lab.cluster import kmeans
-from lab.files import write_json
 from lab.model import GPT, GPTConfig
 from lab.scoring import linear_cross_entropy
 

@@ -35,10 +35,10 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import UserError, write_json, write_text
 from lab.cluster import kmeans
 from lab.common import adapt, choose_device, choose_dtype, keep_freed_memory, matrix_rate, wait
 from lab.data import Corpus, Examples, Tokenizer, load_examples
-from lab.files import UserError, write_json, write_text
 from lab.hypernet import ChameleonHead, Prompts, batch_statistics
 from lab.model import GPT, SIZES, GPTConfig, generate, merge_lora
 from lab.scoring import linear_cross_entropy, losses

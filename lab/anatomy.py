@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from common import UserError, write_json, write_text
 from lab.common import adapter_path, load_adapter, n_trained, read_records
 from lab.data import IGNORE, Examples
 from lab.eval import COLOURS, figure, markdown, spread
-from lab.files import UserError, write_json, write_text
 from lab.hypernet import ChameleonHead
 from lab.model import HeadAlone, LoRAHead
 from lab.scoring import Company, held_out_company, losses, score, summed

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from common import UserError, read_tensors, whole_file
 from lab.baselines import MaskedHead, PerSampleHead, PromptTuningHead, ScaledHead
 from lab.cache import CacheHead, CompanyCacheHead
 from lab.data import Corpus, Tokenizer
-from lab.files import UserError, read_tensors, whole_file
 from lab.flags import CONTROLS, METHODS, remembered
 from lab.hypernet import ChameleonHead
 from lab.model import GPT, GPTConfig, HeadAlone, LoRAHead, add_lora

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.files import UserError, read_json, whole_file, write_json, write_text
+from common import UserError, parse_json, read_text, whole_file, write_json, write_text
 
 SPLITS = ("train", "validation", "test")
 IGNORE = -1  # a target that is not scored
@@ -142,13 +142,6 @@ def read_records(path):
         raise UserError(f"{path}: expected a JSON array of records")
     for number, record in enumerate(records, 1):
         yield record_document(record, f"{path}, record {number}")
-
-
-def parse_json(text, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
 
 
 def record_document(record, where):
@@ -319,7 +312,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        spec = read_json(path)
+        spec = parse_json(read_text(path), path)
         try:
             return cls(spec)
         except (KeyError, TypeError, ValueError):

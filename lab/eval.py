@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from common import UserError, whole_file, write_json, write_text
 from lab.common import (adapter_paths, choose_device, has_finished, keep_freed_memory, label,
                         load_adapter, memory_advice, n_trained, open_corpus, open_run, read_records,
                         share_trunk, wait)
 from lab.data import Corpus, load_examples
-from lab.files import UserError, read_json, whole_file, write_json, write_text
-from lab.flags import CONTROLS, OF_ARTICLES, parse_eval
+from lab.flags import CONTROLS, OF_ARTICLES, parse_eval, read_json
 from lab.model import HeadAlone, Update
 from lab.prompts import continue_prompts, score_generations, telling_words, text_metrics
 from lab.scoring import held_out_company, score, scored_bytes, summed

@@ -1,13 +1,10 @@
-"""The command lines of `python -m lab.run train` and `python -m lab.run eval`.
-
-No torch here: --help need not wait for it.
-"""
+"""The command lines of `python -m lab.run train` and `python -m lab.run eval`."""
 
 import argparse
-import math
 from pathlib import Path
 
-from lab.files import UserError, read_json
+from common import UserError, parse_json, read_text
+from train import Parser, number
 
 PROGRAM = "python -m lab.run"
 SIZES = ("pico", "nano", "small", "medium", "gpt2")  # model.py has their shapes
@@ -42,28 +39,12 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
+MOST = 2**31 - 1
+COUNT = number(int, 1, MOST)
 
 
-def number(kind, low, high=2**31 - 1):
-    """An argparse type: an int or a float from `low` to `high`."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text!r}")
-        return value
-
-    return parse
-
-
-COUNT = number(int, 1)
+def read_json(path):
+    return parse_json(read_text(path), path)
 
 
 def flag(name, value=True):
@@ -81,7 +62,7 @@ def methods(text):
 
 
 def seeds(text):
-    return sorted({number(int, 0)(part) for part in text.split(",")})
+    return sorted({number(int, 0, MOST)(part) for part in text.split(",")})
 
 
 def rates(text):
@@ -109,11 +90,12 @@ def train_parser():
         "--tokenizer gpt2; a small --block-size saves memory); or another run's base.safetensors")
     add("--size", choices=SIZES, help="of a base from scratch: pico 0.27M parameters, nano 2.6M, "
         "small 12M, medium 27M, gpt2 124M; time grows in proportion (default: nano, on CUDA small)")
-    add("--block-size", type=number(int, 4), metavar="T", help="tokens in a row: memory and time "
-        "of a step grow in proportion, attention's with its square (default: by size, nano 256)")
+    add("--block-size", type=number(int, 4, MOST), metavar="T", help="tokens in a row: memory and "
+        "time of a step grow in proportion, attention's with its square (default: by size, nano "
+        "256)")
     add("--tokenizer", choices=("bpe", "gpt2"), default="bpe", help="bpe learns from training text")
-    add("--vocab-size", type=number(int, 257), default=4096, metavar="V", help="of bpe; the time "
-        "of the head grows in proportion")
+    add("--vocab-size", type=number(int, 257, MOST), default=4096, metavar="V", help="of bpe; the "
+        "time of the head grows in proportion")
     add("--base-lr", type=number(float, 1e-9, 100), default=3e-3, help="its peak learning rate")
     add("--base-epochs", type=number(float, 1e-9, 1e6), default=4.0, help="its passes over data")
     add("--base-batch-size", type=COUNT, default=16, help="its rows in a batch; sets the memory")
@@ -192,7 +174,8 @@ def eval_parser():
     add("--base-only", action="store_true", help="show the frozen base's answer too")
     add("--json", action="store_true", help="print JSON alone")
     add("--method", default="chameleon", help="the adapter that continues the prompts")
-    add("--seed", type=number(int, 0), default=0, help="adapter's (also for --sweep), sampler's")
+    add("--seed", type=number(int, 0, MOST), default=0,
+        help="adapter's (also for --sweep), sampler's")
     add("--max-new-tokens", type=COUNT, default=60, help="length, also of --generations")
     add("--temperature", type=number(float, 0, 1e3), default=0.8, help="0 is greedy")
     add("--top-k", type=COUNT, default=50, help="tokens to draw from")

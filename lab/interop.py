@@ -13,20 +13,22 @@ own: tensors under the names of the model's parameters and buffers,
         .spread (C,), .centroids (K, C)                                              chameleon
     the rivals' have the names of their parameters in baselines.py
 
-and in the file's header, as JSON under "info", the version of this layout (1; any other is
-refused), the plan of the training (method, rank, alpha, seed, ...; its "base" is a fingerprint of
-the base's shape and weights, and any other base is refused), and what was done (step, tokens,
-seconds, best validation loss). `files.py` and `common.py` write and read it.
+and in the file's header, as JSON under "info", the plan of the training (method, rank, alpha,
+seed, ...; its "base" is a fingerprint of the base's shape and weights, and any other base is
+refused), and what was done (step, tokens, seconds, best validation loss).
 """
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from lab.files import UserError, read_json, tensor_file, write_json, write_tensors
-from lab.flags import HUB_BASES
+from common import UserError, whole_file, write_json
+from lab.flags import HUB_BASES, read_json
 from lab.model import GPT, GPTConfig, LMHead, LoRAHead, LoRALinear, merge_lora
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out)
@@ -38,6 +40,25 @@ FIXED = {
 }
 SHAPE = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
          "n_head": "n_head", "n_embd": "n_embd"}
+
+
+@contextmanager
+def tensor_file(path):
+    """Open anyone's safetensors file, to be read tensor by tensor; `UserError` if it cannot be."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged, cut short or no safetensors file ({error})") from None
+
+
+def write_weights(path, tensors):
+    """Write a safetensors file as transformers and peft do."""
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as temporary:
+        save_file(flat, temporary, metadata={"format": "pt"})
 
 
 def find_gpt2(base, data_dir):
@@ -143,7 +164,7 @@ def save_hf(model, folder, statistics=None):
         tensors["lm_head.weight"] = head.weight + sum(
             (update.B @ update.A).view_as(head.weight) for update in updates)  # (V, r) @ (r, C)
     end = config.vocab_size - 1
-    write_tensors(Path(folder) / "model.safetensors", tensors)
+    write_weights(Path(folder) / "model.safetensors", tensors)
     write_json(Path(folder) / "config.json", {
         "model_type": "gpt2", **{key: values[0] for key, values in FIXED.items()},
         **{key: getattr(config, ours) for key, ours in SHAPE.items()},
@@ -177,7 +198,7 @@ def save_peft(model, folder, head=True):
     if head and isinstance(model.lm_head, LoRAHead):
         layers["lm_head"] = model.lm_head
     first = next(iter(layers.values()))
-    write_tensors(Path(folder) / "adapter_model.safetensors", {
+    write_weights(Path(folder) / "adapter_model.safetensors", {
         f"{PEFT}{name}.{part}.weight": getattr(layer, part)
         for name, layer in layers.items() for part in ("lora_A", "lora_B")})
     write_json(Path(folder) / "adapter_config.json", {

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import UserError
 from lab.common import adapter_path, adapter_paths, label, load_adapter
 from lab.data import END, RESPONSE, Examples, begin_within
-from lab.files import UserError
 from lab.flags import ALONE
 from lab.model import generate, merge_lora
 from lab.scoring import held_out_company

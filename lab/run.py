@@ -7,28 +7,25 @@
 import importlib
 import sys
 
-from lab.files import UserError, run_cli
-from lab.flags import PROGRAM, parse_eval, train_parser
+from common import UserError, run_cli
 
-USAGE = f"{PROGRAM} train ..., or {PROGRAM} eval RUN ... (each has --help)"
-ANSWERS = {"train": lambda arguments: train_parser().parse_args(arguments), "eval": parse_eval}
+USAGE = "python -m lab.run train ..., or python -m lab.run eval RUN ... (each has --help)"
 
 
 def answer(command, arguments):
-    """--help and what is mistyped are answered here, before torch is loaded."""
     if command in ("-h", "--help"):
         print(f"usage: {USAGE}")
-        sys.exit()
-    if command not in ANSWERS:
+    elif command not in ("train", "eval"):
         raise UserError(f"{command or 'no command'!r} is neither train nor eval; usage: {USAGE}")
-    ANSWERS[command](arguments)
+    else:
+        importlib.import_module(f"lab.{command}").main(arguments)
 
 
 def main():
     command, *arguments = sys.argv[1:] or [""]
-    program = f"{PROGRAM} {command}" if command in ANSWERS else PROGRAM
-    run_cli(lambda: answer(command, arguments), program)
-    run_cli(lambda: importlib.import_module(f"lab.{command}").main(arguments), program)
+    # what `run_cli` begins its line with
+    sys.argv[0] = "python -m lab.run" + f" {command}" * (command in ("train", "eval"))
+    run_cli(lambda: answer(command, arguments))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from common import UserError, write_json
 from lab.common import adapter_paths, label, load_adapter
 from lab.data import Examples, read_pydocs
 from lab.eval import BESIDE, COLOURS, MARKERS, figure
-from lab.files import UserError, write_json
 from lab.model import HeadAlone, generate
 from lab.scoring import Company, held_out_company, score, summed
 

@@ -32,14 +32,14 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from common import UserError, read_tensors, write_json, write_tensors, write_text
 from lab.cluster import cluster_batches
 from lab.common import (Run, adapt, adapter_path, choose_device, choose_dtype, has_finished,
                         join_processes, keep_freed_memory, label, load_base, load_weights,
                         matrix_rate, memory_advice, n_trained, open_corpus, read_plan, read_records,
                         share_trunk, wait, weights)
 from lab.data import IGNORE, Tokenizer, load_examples
-from lab.files import UserError, read_json, read_tensors, write_json, write_tensors, write_text
-from lab.flags import ALONE, CONDITIONS, HUB_BASES, OF_A_CALL, TOLD_NOTHING, parse_train
+from lab.flags import ALONE, CONDITIONS, HUB_BASES, OF_A_CALL, TOLD_NOTHING, parse_train, read_json
 from lab.interop import find_gpt2, load_gpt2
 from lab.model import GPT, SIZES, GPTConfig
 from lab.scoring import Company, held_out_company, losses, score, scored_bytes, summed
@@ -276,7 +276,7 @@ def fit(run, args, path, model, plan, load, n_scored, evaluate, cluster=None):
         dist.barrier()
     if stopped():
         raise KeyboardInterrupt
-    load_weights(model, read_tensors(path, run.device)[0], path)
+    load_weights(model, read_tensors(path)[0], path)
     return done["best"]
 
 

@@ -13,7 +13,7 @@ from lab import anatomy, eval, train
 from lab.anatomy import FLAWS, SCORING, CachedRows, Laboratory, make_head, under
 from lab.common import Run, n_trained
 from lab.data import IGNORE, Document, Tokenizer
-from lab.files import UserError
+from common import UserError
 from lab.model import GPT, GPTConfig
 from lab.scoring import held_out_company, score, summed
 from lab.tests.conftest import WORDS

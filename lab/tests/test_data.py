@@ -5,9 +5,6 @@ import functools
 import json
 import os
 import random
-import resource
-import subprocess
-import sys
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -19,10 +16,11 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from lab import data, files
+import common
+from common import UserError, write_json
+from lab import data
 from lab.data import END, IGNORE, SPLITS, Corpus, Tokenizer, cut, encode, load_examples
-from lab.files import (UserError, read_json, read_tensors, run_cli, whole_file, write_json,
-                       write_tensors)
+from lab.flags import read_json
 
 quick = settings(max_examples=60, deadline=None)  # a loaded machine must not fail a test
 
@@ -319,7 +317,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_tokenizer_is_refused(tmp_path, damage):
-    files.write_json(tmp_path / "tokenizer.json", DAMAGE[damage](a_tokenizer().spec))
+    write_json(tmp_path / "tokenizer.json", DAMAGE[damage](a_tokenizer().spec))
     fails_in_one_line(lambda: Tokenizer.load(tmp_path / "tokenizer.json"), "tokenizer.json")
 
 
@@ -509,7 +507,7 @@ def test_wikitext_from_the_hub_is_kept_as_published_and_fetched_once(
     hub(name, {split: {"text": ["" if line == BLANK else line for line in lines]}
         for split, lines in texts.items()})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(files.os, "replace", stop_half_way)
+        patch.setattr(common.os, "replace", stop_half_way)
         Corpus(name, tmp_path / "data")
     fetched = Corpus(name, tmp_path / "data")  # starts anew
     for split, lines in texts.items():
@@ -595,99 +593,6 @@ def test_a_folder_without_text_and_half_a_copy_are_told_in_one_line(tmp_path):
     fails_in_one_line(lambda: Corpus("wikitext2", tmp_path / "data"), "test.txt", "No such file")
     (tmp_path / "data" / "empty").mkdir()
     fails_in_one_line(lambda: Corpus(str(tmp_path / "data" / "empty"), "."), "empty", ".jsonl")
-
-
-# ------------------------------------------------------------------------------------- files.py
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, error):
-    path = tmp_path / "deep" / "file"
-    files.write_text(path, "old")
-    with pytest.raises(error), whole_file(path) as temporary:
-        temporary.write_text("half of the n")
-        assert path.read_text() == "old"
-        raise error
-    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
-    files.write_text(path, "new é")
-    assert path.read_text(encoding="utf-8") == "new é" and list(path.parent.iterdir()) == [path]
-
-
-def test_tensors_and_their_info_come_back_as_written(tmp_path):
-    tensors = {"a.b": torch.randn(3, 4).T.requires_grad_(), "empty": torch.zeros(0, 2),
-               "whole": torch.arange(5), "half": torch.randn(2).bfloat16()}
-    info = {"step": 3, "name": "é", "list": [1.5, None, True]}
-    write_tensors(tmp_path / "t.safetensors", tensors, info)
-    found, found_info = read_tensors(tmp_path / "t.safetensors")
-    assert found_info == info and found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
-
-
-def test_tensors_that_are_missing_cut_short_or_of_another_origin_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    path = tmp_path / "t.safetensors"
-    fails_in_one_line(lambda: read_tensors(path), str(path), "is missing")
-    write_tensors(path, {"a": torch.zeros(9, 9)}, {"step": 1})
-    write_json(tmp_path / "a.json", 1)
-    assert path.stat().st_mode == (tmp_path / "a.json").stat().st_mode  # as the umask has it
-    whole = path.read_bytes()
-    for size in (0, 5, 40, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        fails_in_one_line(lambda: read_tensors(path), str(path), "damaged, cut short")
-    for metadata in (None, {"format": "pt"}):
-        save_file({"a": torch.zeros(2)}, path, metadata=metadata)
-        fails_in_one_line(lambda: read_tensors(path), str(path), "not written by lab.run train")
-    save_file({"a": torch.zeros(2)}, path, metadata={"info": "{"})
-    fails_in_one_line(lambda: read_tensors(path), str(path), "is damaged")
-
-
-@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe\x00", b"\n\n"])
-def test_damaged_json_is_refused(tmp_path, content):
-    (tmp_path / "config.json").write_bytes(content)
-    fails_in_one_line(lambda: read_json(tmp_path / "config.json"), "config.json", "is damaged")
-    fails_in_one_line(lambda: read_json(tmp_path / "none.json"), "cannot read", "none.json")
-
-
-def test_a_full_disk_is_told_in_one_line_and_leaves_what_was_there(tmp_path):
-    path = tmp_path / "base.safetensors"
-    write_tensors(path, {"w": torch.zeros(4)})
-    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # stands for a disk
-    try:
-        with pytest.raises(OSError, match="cannot write"):
-            write_tensors(path, {"w": torch.zeros(1 << 16)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_mistake_ends_with_status_2_and_one_line_on_stderr(capsys, monkeypatch):
-    def main():
-        raise UserError("--rank 0: must be at least 1")
-
-    monkeypatch.setattr(sys, "argv", ["some/folder/heads.py"])
-    with pytest.raises(SystemExit) as stopped:
-        run_cli(main)
-    assert stopped.value.code == 2
-    assert capsys.readouterr() == ("", "heads.py: error: --rank 0: must be at least 1\n")
-    with pytest.raises(SystemExit):
-        run_cli(main, "python -m lab.run train")
-    assert capsys.readouterr().err.startswith("python -m lab.run train: error: --rank 0")
-    run_cli(lambda: None)  # a good end raises nothing
-    with pytest.raises(ZeroDivisionError):  # a bug is no mistake of the user's: keep its traceback
-        run_cli(lambda: 1 / 0)
-
-
-def test_a_closed_pipe_ends_quietly():
-    code = "from lab import files; files.run_cli(lambda: [print('x' * 999) for _ in range(999)])"
-    folder = Path(files.__file__).parents[1]
-    with subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:
-        process.stdout.close()  # as `| head` does
-        assert process.stderr.read() == b""
-    assert process.returncode == 1
 
 
 # ------------------------------------------------------------------------------------- condition

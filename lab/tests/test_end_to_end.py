@@ -17,7 +17,7 @@ from lab import eval, prompts, study, train
 from lab.cache import CompanyCacheHead
 from lab.common import label, load_adapter, open_corpus, open_run, share_trunk
 from lab.data import Examples, Tokenizer, load_examples
-from lab.files import UserError, read_tensors, write_tensors
+from common import UserError, read_tensors, write_tensors
 from lab.flags import ALONE, METHODS
 from lab.hypernet import ChameleonHead
 from lab.scoring import held_out_company, score, summed

@@ -15,7 +15,7 @@ import torch
 from lab import eval, prompts, train
 from lab.common import adapter_path, load_adapter, open_run
 from lab.data import Corpus, encode, load_examples
-from lab.files import UserError, read_tensors, write_tensors
+from common import UserError, read_tensors, write_tensors
 from lab.prompts import adapt_to, rows_of, telling_words
 from lab.scoring import held_out_company, score
 

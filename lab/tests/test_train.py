@@ -22,8 +22,8 @@ from lab.baselines import MaskedHead
 from lab.cache import CompanyCacheHead
 from lab.common import Run, adapt, open_run, read_records
 from lab.data import IGNORE, Examples
-from lab.files import UserError, read_json, read_tensors, write_tensors
-from lab.flags import METHODS
+from common import UserError, read_tensors, write_tensors
+from lab.flags import METHODS, read_json
 from lab.hypernet import ChameleonHead
 from lab.model import GPT, GPTConfig, LMHead, LoRAHead
 from lab.scoring import held_out_company, linear_cross_entropy, losses, score
@@ -574,7 +574,7 @@ def test_a_truncated_checkpoint_is_named(name, arguments, finished):
     before = path.read_bytes()
     with pytest.raises(UserError, match=path.name) as error:
         train.main([*arguments, "--methods", "frozen,lora"])
-    assert "cut short" in str(error.value) and "\n" not in str(error.value)
+    assert "is damaged" in str(error.value) and "\n" not in str(error.value)
     assert path.read_bytes() == before
 
 
