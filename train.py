@@ -35,7 +35,7 @@ from model import GPT, SIZES, GPTConfig, LoRAHead, add_lora, find_gpt2, load_gpt
 
 # Each method's peak learning rate: the best of a grid, on validation, for the default job
 # (results/python). One rate for all would favour whom it suits.
-RATES = {"lora": 3e-3, "lora-match": 3e-3, "chameleon": 3e-3}
+RATES = {"lora": 1e-2, "lora-match": 5e-3, "chameleon": 1e-2}
 HUB_BASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BASE_BATCH_SIZE = 16  # rows
 LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}  # how many exist at a time
@@ -66,7 +66,8 @@ def losses(model, tokens, targets, statistics=None):
     tokens, targets = tokens.to(device), targets[:, start:].to(device)
     statistics = None if statistics is None else statistics.to(device)
     logits = model(tokens, statistics, start=start)  # (B, T - start, V)
-    each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE,
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits are too coarse
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
                            reduction="none")  # (B (T - start),)
     return each.view(len(tokens), -1).sum(dim=1)
 
@@ -569,6 +570,7 @@ def main(argv=None):
     if not scratch and not base_path.exists():
         raise UserError(f"--base {base_name}: neither scratch, auto, {', '.join(HUB_BASES)} nor a "
                         f"folder or file")
+    base = None if scratch else load_base(base_path, run.device)
     documents, data = load_documents(args.dataset, args.data_dir)
     if (run.folder / "config.json").exists() and read_config(run.folder)["data"] != data:
         raise UserError(f"{run.folder} is a run on other text than --dataset {args.dataset} has "
@@ -597,7 +599,7 @@ def main(argv=None):
         write_json(run.folder / "tokenizer.json", tokenizer.spec)
     if scratch:
         train_base(run, args, tokenizer, base_documents)
-    base = load_base(base_path, run.device)
+        base = load_base(base_path, run.device)
     if args.block_size > base.config.block_size or base.config.vocab_size != tokenizer.vocab_size:
         raise UserError(f"--base {base_path} reads rows of {base.config.block_size} tokens at "
                         f"most, of {base.config.vocab_size} kinds; --block-size is "

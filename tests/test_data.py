@@ -1,0 +1,223 @@
+"""Text in, rows out: what is read, how it is split, and that no two rows share a token."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+from common import UserError
+from data import IGNORE, SPLITS, Document, Tokenizer, cut, load_documents
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = ["the river runs under the stone house and over the green stone\n" * 9]
+    return Tokenizer.learn(texts, 270)
+
+
+class Letters:
+    """A tokenizer with a token a character."""
+
+    end = 1000
+
+    def encode_documents(self, documents):
+        return [([*map(ord, d.prompt)], [*map(ord, d.text)]) for d in documents]
+
+
+# ---------------------------------------------------------------------------------------- rows
+
+
+@given(st.lists(st.text("abcdefg", min_size=1, max_size=40), min_size=1, max_size=6),
+       st.integers(2, 9))
+def test_running_text_is_cut_into_rows_that_share_no_token(texts, T):
+    documents = [Document(str(i), text) for i, text in enumerate(texts)]
+    if all((len(text) % (T + 1)) < 2 and len(text) < T + 1 for text in texts):
+        return  # not one row of two tokens
+    rows = cut(documents, Letters(), T)
+    seen = [t for i in range(len(rows))
+            for t in range(int(rows.start[i]), int(rows.start[i] + rows.length[i]))]
+    assert len(seen) == len(set(seen))
+    bounds = [0]
+    for text in texts:
+        bounds.append(bounds[-1] + len(text))
+    for start, n, prompt in zip(rows.start, rows.length, rows.prompt, strict=True):
+        assert 2 <= n <= T + 1 and prompt == max(1, n // 4)
+        assert any(a <= start and start + n <= b for a, b in zip(bounds, bounds[1:], strict=False))
+    missing = sum(map(len, texts)) - len(seen)
+    assert missing <= len(texts)  # a last row of a single token has nothing to score
+
+
+def test_a_batch_has_the_next_tokens_as_targets_of_the_continuation_alone():
+    rows = cut([Document("a", "abcdefghij"), Document("b", "klm")], Letters(), 7)
+    assert rows.length.tolist() == [8, 2, 3] and rows.prompt.tolist() == [2, 1, 1]
+    tokens, targets = rows.batch(torch.tensor([0, 2]))
+    assert "".join(map(chr, tokens[0])) == "abcdefg"
+    assert [chr(t) if t != IGNORE else "-" for t in targets[0]] == list("-cdefgh")
+    assert [chr(t) if t != IGNORE else "-" for t in targets[1]] == list("lm-----")
+    whole = rows.batch(torch.tensor([0]), whole=True)[1]
+    assert "".join(map(chr, whole[0])) == "bcdefgh"
+    prompts, real = rows.prompts(torch.tensor([0, 2]))
+    assert prompts.tolist() == [[97, 98], [107, 0]] and real.tolist() == [[True, True], [True, False]]
+
+
+def test_an_instruction_is_one_row_whose_response_is_scored_with_its_end(capsys):
+    documents = [Document("q", "yes", "ask\n\n"), Document("r", "y" * 50, "ask\n\n"),
+                 Document("s", "no", "x" * 30)]
+    rows = cut(documents, Letters(), 12)
+    assert rows.prompt.tolist() == [5, 5] and rows.length.tolist() == [9, 13]
+    targets = rows.batch(torch.tensor([0]))[1][0]
+    assert targets[targets != IGNORE].tolist() == [*map(ord, "yes"), 1000]
+    assert capsys.readouterr().out == ("1 records left out, their prompt fills a row; 1 responses "
+                                       "cut off where a row ends\n")
+
+
+def test_text_without_a_row_is_refused():
+    with pytest.raises(UserError, match="no row to score"):
+        cut([Document("a", "x")], Letters(), 7)
+
+
+# -------------------------------------------------------------------------------------- splits
+
+
+def write(folder, name, text):
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_documents_are_split_by_their_keys_alone(tmp_path):
+    records = [{"text": f"text {i % 90}"} for i in range(100)]
+    write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, records)))
+    splits, mark = load_documents(str(tmp_path / "a.jsonl"), ".")
+    keys = [{d.key for d in splits[split]} for split in SPLITS]
+    assert len(set.union(*keys)) == sum(map(len, keys)) == 90
+    assert [len(k) for k in keys] == [82, 4, 4]
+    write(tmp_path, "b.jsonl", "\n".join(map(json.dumps, reversed(records))))
+    again, other = load_documents(str(tmp_path / "b.jsonl"), ".")
+    assert [{d.key for d in again[split]} for split in SPLITS] == keys
+    assert mark != other and load_documents(str(tmp_path / "a.jsonl"), ".")[1] == mark
+
+
+def test_a_published_split_is_kept(tmp_path):
+    title = "\n = A Title = \n\n"
+    for split in SPLITS:
+        write(tmp_path, f"{split}.txt", f"{title} {split} one\n{title} {split} two\n\n = = Sec = = \n")
+    splits, _ = load_documents(str(tmp_path), ".")
+    for split in SPLITS:
+        assert [f"{split} one" in splits[split][0].text, len(splits[split])] == [True, 2]
+        assert "Sec" in splits[split][1].text
+
+
+def test_several_data_sets_each_have_their_own_splits(tmp_path):
+    for name, n in (("a", 40), ("b", 20)):
+        write(tmp_path, f"{name}.jsonl",
+              "\n".join(json.dumps({"text": f"{name} {i}"}) for i in range(n)))
+    splits, _ = load_documents(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", ".")
+    assert [[sum(d.kind == k for d in splits[s]) for k in (0, 1)] for s in SPLITS] == [
+        [36, 18], [2, 1], [2, 1]]
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+def test_records_of_instructions(tmp_path):
+    records = [{"instruction": " Add. ", "input": "1 1", "output": " 2 "},
+               {"instruction": "Greet.", "input": None, "output": "Hi"},
+               {"instruction": "Nothing.", "output": " "}]
+    path = write(tmp_path, "x.json", json.dumps(records)) / "x.json"
+    found = list(data.read_records(path))
+    assert [(d.prompt, d.text) for d in found] == [
+        ("Add.\n1 1\n\n", "2"), ("Greet.\n\n", "Hi"), ("Nothing.\n\n", "")]
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("x.json", "[", "is not JSON"), ("x.json", '{"text": "a"}', "record 1"),
+    ("x.json", "[1]", "record 1"), ("x.jsonl", '{"text": "a"}\n{"text": 1}', "record 2"),
+    ("x.jsonl", '{"text": "a"}\n{', "line 2"), ("x.json", "[" * 100000, "is not JSON"),
+    ("x.json", '[{"instruction": "a"}]', "record 1"), ("x.txt", "one", "at least 3"),
+    ("x.pdf", "?", "no .txt, .json or .jsonl"), ("validation.txt", "a", "a split is kept"),
+])
+def test_bad_files_are_refused_in_a_line(tmp_path, name, text, message):
+    write(tmp_path, name, text)
+    with pytest.raises(UserError, match=message) as error:
+        load_documents(str(tmp_path), ".")
+    assert "\n" not in str(error.value)
+
+
+def test_text_that_is_not_utf8_or_not_there_is_refused(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_documents(str(tmp_path), ".")
+    with pytest.raises(UserError, match="no data set 'nonsense'"):
+        load_documents("nonsense", ".")
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "alpaca"])
+def test_the_hub_is_asked_once_and_its_rows_become_plain_files(tmp_path, monkeypatch, name):
+    class Table(dict):
+        def select_columns(self, names):
+            return self
+
+        def to_list(self):
+            return [{"instruction": f"do {i}", "input": "", "output": "x"} for i in range(9)]
+
+    def load_dataset(repository, configuration):
+        assert (repository, configuration) == data.HUB[name]
+        rows = ["", " = One = \n", "", "text of one\n", "", " = Two = \n", "", "text of two\n"]
+        return {split: Table(text=rows) for split in SPLITS}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    first = load_documents(name, tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace())  # would now fail
+    assert load_documents(name, tmp_path)[1] == first[1]
+    if name == "wikitext2":
+        assert [d.text.split("\n")[0] for d in first[0]["test"]] == [" = One = ", " = Two = "]
+        assert (tmp_path / name / "test.txt").read_text().startswith(" \n = One = \n \n")
+    with pytest.raises(UserError, match="cannot be reached"):
+        load_documents(name, tmp_path / "elsewhere")
+
+
+def test_python_has_text_of_four_kinds():
+    for name in ("pydocs", *data.kinds("python")):
+        splits, _ = load_documents(name, ".")
+        assert all(splits[split] for split in SPLITS)
+    assert data.kinds("python,x") == ["pycode", "pymanual", "pytables", "x"]
+    code = " ".join(d.text for d in data.read_pycode())
+    prose = next(d.text for d in data.read_pydocs() if d.key == "unittest/mock.py")
+    assert "def assert_called_once_with" in code
+    sentence = "assert that the mock was called exactly once"
+    assert sentence in prose and sentence not in code  # what the base reads is not in the code
+
+
+# ----------------------------------------------------------------------------------- tokenizer
+
+
+@given(st.text(max_size=60))
+def test_tokens_come_back_as_the_text_they_were(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    sizes = tokenizer.bytes_per_token()
+    assert int(sizes[torch.tensor(tokenizer.encode(text), dtype=torch.int64)].sum()) == len(
+        text.encode())
+
+
+def test_a_tokenizer_is_kept_as_json(tokenizer, tmp_path):
+    assert tokenizer.vocab_size == 270 and tokenizer.end == 269
+    (tmp_path / "t.json").write_text(json.dumps(tokenizer.spec))
+    assert Tokenizer.load(tmp_path / "t.json").encode("the stone") == tokenizer.encode("the stone")
+    for damage in ("{}", '{"name": "bpe"}', "[]", '{"name": "bpe", "pattern": "x", "ranks": [1]}'):
+        (tmp_path / "t.json").write_text(damage)
+        with pytest.raises(UserError, match="damaged"):
+            Tokenizer.load(tmp_path / "t.json")
+
+
+def test_gpt2s_vocabulary_that_cannot_be_had_is_told_in_a_line(monkeypatch):
+    import tiktoken
+
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: 1 / 0)
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
+        Tokenizer({"name": "gpt2"})

@@ -1,0 +1,154 @@
+"""The table is what it says, controls are other tables, and prompts are answered."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from common import UserError
+from data import Tokenizer, cut, load_documents
+from eval import told
+from hypernet import ChameleonHead, cluster_statistics, prompt_means
+from train import score
+
+CPU = torch.device("cpu")
+
+
+def test_what_rows_may_be_told():
+    g = torch.Generator().manual_seed(0)
+    means, count = torch.randn(40, 6, generator=g), torch.randint(1, 9, (40,), generator=g).float()
+    cluster = torch.arange(40) % 7 * 2  # numbers 1, 3 ... have no rows
+    head = ChameleonHead(torch.randn(9, 6), 2, 4.0, 1)
+    head.center += 3
+    tables = told(head, means, count, cluster)
+    own = cluster_statistics(means, count, cluster)
+    assert torch.equal(tables[""], own)
+    assert torch.equal(tables["told own prompt"], means)
+    assert torch.equal(tables["told nothing"], torch.full((40, 6), 3.0))
+    other = tables["told another cluster"]
+    for i in range(40):
+        same = [torch.equal(other[i], own[j]) for j in range(40)]
+        assert any(same) and not any(s for s, k in zip(same, cluster, strict=True)
+                                     if k == cluster[i])
+    assert len(other.unique(dim=0)) == 7  # each cluster is told to one other
+    assert torch.equal(told(head, means, count, torch.zeros(40, dtype=torch.int64))[
+        "told another cluster"], cluster_statistics(means, count, 0 * cluster))  # there is no other
+
+
+def test_the_table_is_what_the_adapters_score(finished_run, capsys):
+    entries = {e["name"]: e for e in evaluation.main([str(finished_run), "--device", "cpu"])}
+    assert list(entries) == ["frozen", "lora", "lora-match", "chameleon",
+                             "chameleon, told own prompt", "chameleon, told another cluster",
+                             "chameleon, told nothing"]
+    config = train.read_config(finished_run)
+    tokenizer = Tokenizer.load(finished_run / "tokenizer.json")
+    documents, _ = load_documents(config["args"]["dataset"], ".")
+    rows = cut(documents["test"], tokenizer, 24)
+    base = train.load_base(config["base"], CPU)
+    path = finished_run / "adapters" / "chameleon-seed0.safetensors"
+    model, plan = train.load_adapter(base, train.fingerprint(base), path)
+    means, count = prompt_means(rows, base.transformer.wte.weight)
+    run = train.Run(finished_run, CPU)
+    for name, table in (("chameleon, told own prompt", means),
+                        ("chameleon", cluster_statistics(means, count, train.held_out_clusters(
+                            model.lm_head, means, plan)))):
+        nll, n = score(run, model, rows, table)
+        entry = entries[name]["test"]
+        assert entry["n_tokens"] == int(n.sum()) == int((rows.length - rows.prompt).sum())
+        assert entry["loss"] == pytest.approx(float(nll.sum() / n.sum()), abs=1e-6)
+        assert entry["perplexity"] == pytest.approx(math.exp(entry["loss"]))
+    assert len({e["test"]["n_tokens"] for e in entries.values()}) == 1
+    text = (finished_run / "results.md").read_text()
+    assert f"{entries['lora']['test']['loss']:.4f}" in text and text in capsys.readouterr().out
+    kept = json.loads((finished_run / "results.json").read_text())["entries"]
+    assert kept == list(entries.values())
+    for figure in ("loss.png", "clusters.png"):
+        assert (finished_run / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_bits_a_byte_count_the_bytes_of_scored_tokens():
+    sizes = torch.tensor([1, 2, 3, 0])
+
+    class Three:
+        tokens = torch.tensor([[0, 1, 2, 1]])
+
+        def __len__(self):
+            return 1
+
+        def batch(self, index):
+            return self.tokens, torch.tensor([[-1, 1, 2, 3]])
+
+    assert evaluation.scored_bytes(Three(), sizes) == 5
+
+
+def test_the_table_has_mean_and_deviation_over_seeds():
+    def entry(seed, loss):
+        split = {"loss": loss, "perplexity": 1.0, "bits_per_byte": 2.0}
+        return {"name": "lora", "seed": seed, "parameters": 1234, "lr": 1e-3,
+                "validation": split, "test": split}
+
+    table = evaluation.make_table([entry(0, 1.0), entry(1, 2.0), entry(2, 3.0)])
+    assert "| lora | 3 | 1,234 | 0.001 | 2.0000 ± 1.0000 |" in table
+
+
+# ------------------------------------------------------------------------------------- prompts
+
+
+@pytest.fixture
+def ask(finished_run, tmp_path, capsys):
+    def answers(texts, *flags):
+        (tmp_path / "p.txt").write_text("\n".join(texts))
+        new = evaluation.main([str(finished_run), "--prompts", str(tmp_path / "p.txt"),
+                               "--max-new-tokens", "6", "--device", "cpu", *flags])
+        return new, capsys.readouterr().out
+
+    return answers
+
+
+TEXTS = ["the river and a stone", "summer road", "green house", "winter walks quietly"]
+
+
+def test_prompts_are_continued_by_cluster(ask):
+    new, shown = ask(TEXTS, "--clusters", "2", "--temperature", "0")
+    assert len(new) == 4 and all(len(tokens) == 6 for tokens in new)
+    assert shown.count("# cluster") == 2 and "depend on each other" in shown
+    assert all(text + "[" in shown for text in TEXTS)
+
+
+def test_assigned_answers_depend_on_no_other_prompt(ask):
+    together, shown = ask(TEXTS, "--assign")
+    assert "depend on each other" not in shown
+    alone = [ask([text])[0][0] for text in TEXTS]
+    reverse, _ = ask(TEXTS[::-1], "--assign")
+    assert together == alone == reverse[::-1]
+
+
+def test_other_methods_and_the_same_seed(ask):
+    for method in ("frozen", "lora", "lora-match"):
+        first, shown = ask(TEXTS, "--method", method)
+        assert "# cluster" not in shown
+        assert ask(TEXTS, "--method", method)[0] == first
+    assert ask(TEXTS, "--seed", "0")[0] == ask(TEXTS)[0]
+
+
+@pytest.mark.parametrize("texts, flags, message", [
+    ([" "], [], "there is no prompt"), (["river " * 40], [], "shorten it"),
+    (["a"], ["--seed", "5"], "does not exist; there is lora-seed0"),
+    (["a"], ["--top-k", "0"], "must be a number")])
+def test_prompts_that_cannot_be_answered(ask, texts, flags, message):
+    with pytest.raises(UserError, match=message):
+        ask(texts, *flags)
+
+
+def test_a_folder_without_a_run_and_changed_text_are_refused(finished_run, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="holds no run"):
+        evaluation.main([str(tmp_path)])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="not what train.py wrote"):
+        evaluation.main([str(tmp_path)])
+    monkeypatch.setattr(evaluation, "load_documents", lambda *_: ({}, "other"))
+    with pytest.raises(UserError, match="other text than when"):
+        evaluation.main([str(finished_run)])

@@ -1,0 +1,387 @@
+"""The loop: its losses and gradients against plain ones, resume after a kill, two processes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+import train
+from common import UserError, autocast, choose_dtype, read_tensors, whole_file, write_tensors
+from data import IGNORE
+from model import LMHead
+from tests.conftest import random_adapter, random_gpt
+from tests.test_hypernet import make_rows
+from train import fit, learning_rate, losses, make_adapter, n_trained, score
+
+ROOT = Path(__file__).parents[1]
+ROWS = make_rows([9, 13, 4, 7, 13, 2, 10, 5] * 4, [2, 3, 1, 3, 12, 1, 4, 2] * 4)
+CPU = torch.device("cpu")
+
+
+def run_in(folder, dtype=torch.float32):
+    return train.Run(Path(folder), CPU, dtype)
+
+
+def plain_loss(model, rows, index, statistics=None):
+    """Summed loss of the continuations' tokens, from whole logits, row by row."""
+    total = 0.0
+    for i in index.tolist():
+        start, n, p = (int(x[i]) for x in (rows.start, rows.length, rows.prompt))
+        tokens = rows.tokens[start:start + n].long()
+        logits = model(tokens[None, :-1], None if statistics is None else statistics[i:i + 1])[0]
+        total = total - logits.log_softmax(dim=1)[torch.arange(n - 1), tokens[1:]][p - 1:].sum()
+    return total
+
+
+@pytest.mark.parametrize("method", ["frozen", *train.RATES])
+def test_losses_are_the_plain_ones_whatever_the_batch(gpt, method, monkeypatch):
+    model = gpt if method == "frozen" else random_adapter(gpt, method)
+    s, everything = torch.randn(len(ROWS), 16).double(), torch.arange(len(ROWS))
+    expected = torch.stack([plain_loss(model, ROWS, everything[i:i + 1], s) for i in everything])
+    for size in (1, 1 << 9, 1 << 11, 1 << 30):  # logits at a time: one row to all rows
+        monkeypatch.setitem(train.LOGITS, "cpu", size)
+        nll, count = score(run_in("."), model, ROWS, s)
+        assert torch.allclose(nll, expected.detach())
+    assert count.tolist() == (ROWS.length - ROWS.prompt).tolist()
+    order = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(0))
+    nll = losses(model, *ROWS.batch(order), s[order])
+    assert torch.allclose(nll, expected[order])
+
+
+@pytest.mark.parametrize("method", ["base", *train.RATES])
+def test_a_step_in_chunks_has_the_plain_gradients(tmp_path, monkeypatch, method):
+    """In float64: gradients of chunks of one row add up to those of one plain loss."""
+    base, s = random_gpt(), torch.randn(len(ROWS), 16).double()
+    model = random_gpt().requires_grad_(True) if method == "base" else random_adapter(base, method)
+    index, seen = torch.arange(20), []
+    whole = method == "base"
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def keep(given, limit):  # called once a step, when all gradients are there
+        seen.append([p.grad.clone() for p in given])
+
+    monkeypatch.setitem(train.LOGITS, "cpu", 1)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+    plan = {"method": method, "seed": 0, "lr": 1e-9, "steps": 1, "steps_per_epoch": 1,
+            "evaluations": 1}
+    before = [p.detach().clone() for p in parameters]
+    fit(run_in(tmp_path), tmp_path / "a.safetensors", model, plan, ROWS, lambda epoch: [index],
+        lambda i: s[i], lambda: (torch.ones(1), torch.ones(1)))
+    with torch.no_grad():
+        for p, start in zip(parameters, before, strict=True):
+            p.copy_(start)
+    tokens, targets = ROWS.batch(index, whole)
+    loss = F.cross_entropy(model(tokens, s[index]).flatten(0, 1), targets.flatten(),
+                           ignore_index=IGNORE)
+    loss.backward()
+    for p, found in zip(parameters, seen[0], strict=True):
+        assert torch.allclose(p.grad, found, rtol=1e-10, atol=1e-12)
+
+
+class BiasHead(LMHead):
+    """A head that somebody else wrote: it overrides forward, and nothing else."""
+
+    def __init__(self, weight):
+        super().__init__(weight)
+        self.bias = torch.nn.Parameter(torch.zeros(len(weight)))
+
+    def forward(self, hidden, statistics=None):
+        return super().forward(hidden) + self.bias
+
+
+def test_a_head_with_its_own_forward_is_trained_and_scored(tmp_path):
+    base = random_gpt().float()
+    model = make_adapter(base, {"method": "lora", "rank": 1, "alpha": 1.0})
+    model.lm_head = BiasHead(model.lm_head.weight)
+    before = score(run_in(tmp_path), model, ROWS)[0].sum()
+    plan = {"method": "lora", "seed": 0, "lr": 0.1, "steps": 5, "steps_per_epoch": 1,
+            "evaluations": 1}
+    fit(run_in(tmp_path), tmp_path / "a.safetensors", model, plan, ROWS,
+        lambda epoch: [torch.arange(len(ROWS))], lambda i: None,
+        lambda: score(run_in(tmp_path), model, ROWS))
+    assert model.lm_head.bias.abs().min() > 0.01  # every word stands in the batch's logits
+    assert score(run_in(tmp_path), model, ROWS)[0].sum() < before
+    model.lm_head.bias.data[:] = 0
+    model.lm_head.bias.data[5] = 50.0  # then nearly all is on word 5
+    nll, _ = score(run_in(tmp_path), model, ROWS)
+    assert nll.sum() > before + 10
+
+
+def test_no_frozen_parameter_moves(tmp_path):
+    base = random_gpt().float()
+    model = make_adapter(base, {"method": "chameleon", "rank": 2, "alpha": 4.0, "clusters": 2})
+    model.lm_head.spread += 1
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trained = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    plan = {"method": "chameleon", "seed": 0, "lr": 0.1, "steps": 3, "steps_per_epoch": 1,
+            "evaluations": 1}
+    s = torch.randn(len(ROWS), 16)
+    fit(run_in(tmp_path), tmp_path / "a.safetensors", model, plan, ROWS,
+        lambda epoch: [torch.arange(len(ROWS))], lambda i: s[i],
+        lambda: score(run_in(tmp_path), model, ROWS, s))
+    now = dict(model.named_parameters())
+    assert all(torch.equal(p, now[n]) for n, p in frozen.items())
+    assert not any(torch.equal(p, now[n]) for n, p in trained.items())
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert set(file.keys()) == {*trained, "lm_head.center", "lm_head.spread",
+                                    "lm_head.clusters"}
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [learning_rate(step, 100, 2.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.4) and rates[4] == rates[5] == 2.0 == max(rates)
+    assert rates[99] == pytest.approx(0.2, abs=0.01)
+    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert learning_rate(0, 1, 2.0) == 2.0
+
+
+def test_lora_match_has_chameleons_parameters(finished_run):
+    run = {}
+    base = train.load_base(finished_run / "base.safetensors", CPU)
+    for name in train.RATES:
+        path = finished_run / "adapters" / f"{name}-seed0.safetensors"
+        model, plan = train.load_adapter(base, train.fingerprint(base), path)
+        run[name] = n_trained(model)
+    assert run["lora"] < run["lora-match"]
+    assert abs(run["lora-match"] - run["chameleon"]) <= run["lora"] / 4  # within half a rank, of 4
+
+
+def test_an_adapter_fits_no_other_base(finished_run):
+    base = train.load_base(finished_run / "base.safetensors", CPU)
+    base.lm_head.weight.data[0, 0] += 1
+    with pytest.raises(UserError, match="not an adapter of this base"):
+        train.load_adapter(base, train.fingerprint(base),
+                           finished_run / "adapters" / "lora-seed0.safetensors")
+
+
+# --------------------------------------------------------------------------------- whole programs
+
+
+def contents(folder):
+    """What a run has made, to the last bit: tensors, and records without times."""
+    found = {p.name: {n: t.tolist() for n, t in read_tensors(p)[0].items()}
+             for p in sorted(folder.rglob("*.safetensors"))}
+    return found, train.read_records(folder)
+
+
+def test_resume_after_a_kill_at_any_step_ends_as_if_nothing_had_happened(
+        arguments, tmp_path, monkeypatch):
+    whole = contents(train.main([*arguments[:-1], str(tmp_path / "whole")]))
+    clock, real = iter(range(10**9)), train.learning_rate
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 50.0 * next(clock))  # a state a step
+    calls = 0
+
+    def killed(step, total, peak):
+        nonlocal calls
+        calls += 1
+        if calls % 7 == 0:
+            raise KeyboardInterrupt
+        return real(step, total, peak)
+
+    monkeypatch.setattr(train, "learning_rate", killed)
+    kills = 0
+    while True:
+        try:
+            train.main([*arguments, *(["--resume"] if kills else [])])
+            break
+        except KeyboardInterrupt:
+            kills += 1
+    assert kills > 5
+    assert contents(tmp_path / "run") == whole
+    assert not list((tmp_path / "run").rglob("*.state"))
+
+
+def test_an_interrupted_training_is_not_written_over(arguments, monkeypatch):
+    real = train.write_tensors
+
+    def full(path, tensors, info):
+        if path.suffix == ".safetensors" and "adapters" in str(path):
+            raise OSError("No space left on device")
+        real(path, tensors, info)
+
+    monkeypatch.setattr(train, "write_tensors", full)
+    with pytest.raises(OSError, match="No space"):
+        train.main(arguments)
+    monkeypatch.setattr(train, "write_tensors", real)
+    with pytest.raises(UserError, match="interrupted training; add --resume"):
+        train.main(arguments)
+    train.main([*arguments, "--resume"])
+
+
+def test_more_methods_and_seeds_use_the_base_that_is_there(arguments, capsys):
+    out = train.main([*arguments, "--methods", "lora"])
+    before = (out / "base.safetensors").read_bytes()
+    train.main([*arguments, "--methods", "lora,chameleon", "--seeds", "0,1"])
+    assert (out / "base.safetensors").read_bytes() == before
+    assert "base.safetensors: trained before" in capsys.readouterr().out
+    names = sorted(p.name for p in (out / "adapters").iterdir())
+    assert names == [f"{m}-seed{s}.safetensors" for m in ("chameleon", "lora") for s in (0, 1)]
+    for change in (["--rank", "3"], ["--base-lr", "1e-4"]):
+        with pytest.raises(UserError, match="was made with"):
+            train.main([*arguments, *change])
+
+
+@pytest.mark.parametrize("batches", ["shuffled", "clustered"])
+def test_another_runs_base_and_both_kinds_of_batches(finished_run, corpus, tmp_path, batches):
+    out = train.main(["--dataset", str(corpus), "--base", str(finished_run / "base.safetensors"),
+                      "--block-size", "24", "--methods", "chameleon", "--batches", batches,
+                      "--max-steps", "8", "--evaluations", "2", "--dtype", "float32",
+                      "--device", "cpu", "--cluster-size", "16", "--out", str(tmp_path / "r")])
+    first, last = [r["loss"] for r in train.read_records(out)]
+    assert last < first
+    assert not (out / "base.safetensors").exists()
+
+
+def test_a_gpt2_folder_is_a_base(tmp_path, corpus, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=300, n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "weights")
+    learn = train.Tokenizer.learn(["the river runs under the stone " * 9], 300)
+    # GPT-2's own vocabulary needs a file from the network: another stands in for it
+    monkeypatch.setattr(train, "Tokenizer", lambda spec: learn)
+    small = ["--dataset", str(corpus), "--base", str(tmp_path / "weights"), "--methods", "lora",
+             "--max-steps", "2", "--device", "cpu", "--out", str(tmp_path / "r")]
+    learn.vocab_size = 301
+    with pytest.raises(UserError, match="the tokenizer knows"):
+        train.main([*small, "--block-size", "24"])
+    learn.vocab_size = 300
+    with pytest.raises(UserError, match="--block-size is 256"):
+        train.main(small)
+    assert (train.main([*small, "--block-size", "24"]) / "adapters").exists()
+
+
+def test_auto_takes_gpt2_where_there_is_a_gpu_and_says_why(tmp_path, monkeypatch):
+    def chosen(dataset, device):
+        args = train.parse(["--dataset", dataset, "--data-dir", str(tmp_path)])
+        return train.choose_base(args, torch.device(device))
+
+    assert chosen("python", "cuda")[0] == "scratch"
+    assert chosen("wikitext2", "cpu") == ("scratch", "there is no GPU")
+    monkeypatch.setattr(train, "find_gpt2", lambda name, folder: tmp_path)
+    assert chosen("wikitext2", "cuda")[0] == "gpt2"
+
+    def fail(name, folder):
+        raise UserError("cannot be reached")
+
+    monkeypatch.setattr(train, "find_gpt2", fail)
+    assert chosen("wikitext2", "cuda") == ("scratch", "cannot be reached")
+
+
+def test_two_processes_train_what_one_does(arguments, tmp_path):
+    whole = train.main([*arguments[:-1], str(tmp_path / "one")])
+    script = tmp_path / "go.py"
+    script.write_text("import model, train, sys\nif __name__ == '__main__':\n"
+                      "    model.SIZES['tiny'] = dict(n_layer=2, n_head=2, n_embd=16)\n"
+                      "    train.main(sys.argv[1:])\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               "--master_port=29671", str(script), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = train.read_records(whole), train.read_records(tmp_path / "run")
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], abs=2e-4)
+    assert [(r["method"], r["step"]) for r in two] == [(r["method"], r["step"]) for r in one]
+
+
+def test_a_loss_that_is_no_number_ends_in_a_line(arguments):
+    with pytest.raises(UserError, match="the loss is nan at step 3; lower --lr"):
+        train.main([*arguments, "--lr", "100", "--alpha", "1e9", "--methods", "lora"])
+
+
+@pytest.mark.parametrize("extra, message", [
+    (["--methods", "lora,nonsense"], "'nonsense' is not one of lora"),
+    (["--rank", "0"], "must be a number from 1"), (["--lr", "x"], "must be a number"),
+    (["--nonsense"], "see --help"), (["--device", "cuda"], "has none"),
+    (["--base", "nowhere"], "--base nowhere: neither"), (["--seeds", "0,-1"], "from 0"),
+    (["--resume"], "holds no run"), (["--base", "README.md"], "README.md is damaged"),
+    (["--dataset", "nowhere"], "no data set 'nowhere'"),
+])
+def test_bad_arguments_are_told_in_one_line(arguments, extra, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        train.run_cli(lambda: train.main([*arguments, *extra]))
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and message in told
+    assert told.startswith("train.py: error: ") and told.count("\n") == 1
+
+
+def test_the_program_itself_ends_with_status_2(tmp_path):
+    for program in ("train.py", "eval.py"):
+        done = subprocess.run([sys.executable, program, "--nonsense"], cwd=ROOT, text=True,
+                              capture_output=True, timeout=120)
+        assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+
+
+@pytest.mark.parametrize("error, status, message", [
+    (KeyboardInterrupt(), 130, "--resume goes on"), (OSError(28, "No space left"), 2, "No space"),
+    (RuntimeError("CUDA out of memory"), 2, "lower --batch-size")])
+def test_how_a_program_ends(error, status, message, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        train.run_cli(main)
+    assert ended.value.code == status and message in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a mistake of ours"):  # is not hidden
+        train.run_cli(lambda: (_ for _ in ()).throw(RuntimeError("a mistake of ours")))
+
+
+# --------------------------------------------------------------------------------------- common
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        1 / 0  # noqa: B018
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("spoil", ["cut", "header", "missing"])
+def test_damaged_tensors_are_told_in_one_line(tmp_path, spoil):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"a": torch.ones(3)}, {"plan": {}})
+    assert read_tensors(path)[0]["a"].tolist() == [1, 1, 1]
+    if spoil == "cut":
+        path.write_bytes(path.read_bytes()[:-4])
+    elif spoil == "header":
+        path.write_bytes(b"\0" * 64)
+    else:
+        path.unlink()
+    with pytest.raises(UserError) as error:
+        read_tensors(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_torn_last_record_does_not_count(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    assert train.read_records(tmp_path) == [{"step": 1}]
+
+
+def test_the_type_of_products_is_chosen_and_said():
+    dtype, why = choose_dtype("auto", CPU)
+    assert dtype in (torch.float32, torch.bfloat16) and "times as fast" in why
+    assert choose_dtype("float16", CPU) == (torch.float16, "asked for")
+    a = torch.ones(2, 2)
+    with autocast(CPU, torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+    with autocast(CPU, torch.float32):
+        assert (a @ a).dtype == torch.float32
+
+
+def test_bfloat16_scores_what_float32_does_nearly(gpt):
+    model = random_gpt().float()
+    exact = score(run_in("."), model, ROWS)[0].sum()
+    low = score(run_in(".", torch.bfloat16), model, ROWS)[0].sum()
+    assert low != exact and math.isclose(low, exact, rel_tol=0.02)
+    assert json.dumps(float(low))
