@@ -79,9 +79,9 @@ def random_adapter(base, method, rank=2, clusters=3):
     torch.manual_seed(1)
     plan = {"method": method, "rank": rank, "alpha": 4.0, "clusters": clusters}
     adapted = train.make_adapter(base.float(), plan)
-    for name, p in adapted.named_parameters():
+    for _name, p in adapted.named_parameters():
         if p.requires_grad:
             p.data.add_(0.3 * torch.randn_like(p))
-    for name, buffer in adapted.named_buffers():
+    for _name, buffer in adapted.named_buffers():
         buffer.copy_(torch.rand_like(buffer) + 0.5)
     return adapted.double().eval()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import data
 from common import UserError
 from data import IGNORE, SPLITS, Document, Tokenizer, cut, load_documents
+import itertools
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_running_text_is_cut_into_rows_that_share_no_token(texts, T):
         bounds.append(bounds[-1] + len(text))
     for start, n, prompt in zip(rows.start, rows.length, rows.prompt, strict=True):
         assert 2 <= n <= T + 1 and prompt == max(1, n // 4)
-        assert any(a <= start and start + n <= b for a, b in zip(bounds, bounds[1:], strict=False))
+        assert any(a <= start and start + n <= b for a, b in itertools.pairwise(bounds))
     missing = sum(map(len, texts)) - len(seen)
     assert missing <= len(texts)  # a last row of a single token has nothing to score
 
@@ -62,7 +63,8 @@ def test_a_batch_has_the_next_tokens_as_targets_of_the_continuation_alone():
     whole = rows.batch(torch.tensor([0]), whole=True)[1]
     assert "".join(map(chr, whole[0])) == "bcdefgh"
     prompts, real = rows.prompts(torch.tensor([0, 2]))
-    assert prompts.tolist() == [[97, 98], [107, 0]] and real.tolist() == [[True, True], [True, False]]
+    assert prompts.tolist() == [[97, 98], [107, 0]]
+    assert real.tolist() == [[True, True], [True, False]]
 
 
 def test_an_instruction_is_one_row_whose_response_is_scored_with_its_end(capsys):
@@ -106,7 +108,8 @@ def test_documents_are_split_by_their_keys_alone(tmp_path):
 def test_a_published_split_is_kept(tmp_path):
     title = "\n = A Title = \n\n"
     for split in SPLITS:
-        write(tmp_path, f"{split}.txt", f"{title} {split} one\n{title} {split} two\n\n = = Sec = = \n")
+        text = f"{title} {split} one\n{title} {split} two\n\n = = Sec = = \n"
+        write(tmp_path, f"{split}.txt", text)
     splits, _ = load_documents(str(tmp_path), ".")
     for split in SPLITS:
         assert [f"{split} one" in splits[split][0].text, len(splits[split])] == [True, 2]

@@ -147,7 +147,7 @@ def test_a_folder_without_a_run_and_changed_text_are_refused(finished_run, tmp_p
     with pytest.raises(UserError, match="holds no run"):
         evaluation.main([str(tmp_path)])
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="not what train.py wrote"):
+    with pytest.raises(UserError, match=r"not what train\.py wrote"):
         evaluation.main([str(tmp_path)])
     monkeypatch.setattr(evaluation, "load_documents", lambda *_: ({}, "other"))
     with pytest.raises(UserError, match="other text than when"):

@@ -19,6 +19,7 @@ from model import LMHead
 from tests.conftest import random_adapter, random_gpt
 from tests.test_hypernet import make_rows
 from train import fit, learning_rate, losses, make_adapter, n_trained, score
+import itertools
 
 ROOT = Path(__file__).parents[1]
 ROWS = make_rows([9, 13, 4, 7, 13, 2, 10, 5] * 4, [2, 3, 1, 3, 12, 1, 4, 2] * 4)
@@ -138,7 +139,7 @@ def test_the_learning_rate_rises_and_falls():
     rates = [learning_rate(step, 100, 2.0) for step in range(100)]
     assert rates[0] == pytest.approx(0.4) and rates[4] == rates[5] == 2.0 == max(rates)
     assert rates[99] == pytest.approx(0.2, abs=0.01)
-    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
     assert learning_rate(0, 1, 2.0) == 2.0
 
 
@@ -147,7 +148,7 @@ def test_lora_match_has_chameleons_parameters(finished_run):
     base = train.load_base(finished_run / "base.safetensors", CPU)
     for name in train.RATES:
         path = finished_run / "adapters" / f"{name}-seed0.safetensors"
-        model, plan = train.load_adapter(base, train.fingerprint(base), path)
+        model, _plan = train.load_adapter(base, train.fingerprint(base), path)
         run[name] = n_trained(model)
     assert run["lora"] < run["lora-match"]
     assert abs(run["lora-match"] - run["chameleon"]) <= run["lora"] / 4  # within half a rank, of 4
