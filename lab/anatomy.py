@@ -24,14 +24,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from common import UserError, write_json, write_text
+from common import UserError, autocast, write_json, write_text
+from hypernet import ChameleonHead, cluster_statistics, prompt_means
 from lab.common import adapter_path, load_adapter, n_trained, read_records
 from lab.data import IGNORE, Examples
 from lab.eval import COLOURS, figure, markdown, spread
-from lab.hypernet import ChameleonHead
-from lab.model import HeadAlone, LoRAHead
-from lab.scoring import Company, held_out_company, losses, score, summed
-from lab.train import learning_rate, shuffled
+from lab.model import HeadAlone
+from lab.scoring import cluster_training, held_out, score
+from lab.train import shuffled
+from model import LoRAHead
+from train import learning_rate, losses
 
 FLAWS = {
     "statistics": "statistics over the whole sequence",
@@ -68,8 +70,8 @@ def short_rows(documents, tokenizer, T, limit):
     if not rows:
         raise UserError(f"--anatomy: no line has a prompt and a continuation within {T} tokens")
     padded = torch.tensor([row + [tokenizer.end] * (T - len(row)) for row in rows])
-    place, length = np.arange(len(rows)), np.array([len(row) for row in rows])
-    return padded, Examples(padded.numpy().reshape(-1), place * T, length, np.array(prompts), place)
+    place, length = torch.arange(len(rows)), torch.tensor([len(row) for row in rows])
+    return padded, Examples(padded.view(-1), place * T, length, torch.tensor(prompts), place)
 
 
 @dataclass
@@ -88,13 +90,13 @@ class CachedRows(Examples):
 def under(flaws, rows, states):
     """The same rows as a set of flaws sees them: what is real, and what is scored."""
     N, T = states.shape[:2]
-    seen = replace(rows, length=np.full(N, T) if "padding" in flaws else rows.length)
+    seen = replace(rows, length=torch.full((N,), T) if "padding" in flaws else rows.length)
     targets = torch.full((N, T), IGNORE)
     if "last" in flaws:
-        last = torch.from_numpy(seen.length - 1)[:, None]
-        targets.scatter_(1, last, torch.from_numpy(rows.tokens).view(N, T).gather(1, last))
+        last = seen.length[:, None] - 1
+        targets.scatter_(1, last, rows.tokens.view(N, T).gather(1, last))
     else:
-        honest = seen.batch(np.arange(N))[1]  # (N, longest - 1): the token after each
+        honest = seen.batch(torch.arange(N))[1]  # (N, longest - 1): the token after each
         targets[:, : honest.shape[1]] = honest
     return CachedRows(**vars(seen) | {"states": states}, targets=targets)
 
@@ -102,7 +104,7 @@ def under(flaws, rows, states):
 @torch.no_grad()
 def last_states(run, model, tokens):
     """Last hidden states (N, T, C) of tokens (N, T), kept on the CPU in the products' type."""
-    with run.autocast:
+    with autocast(run.device, run.dtype):
         return torch.cat([model.hidden(rows.to(run.device)).to(run.dtype).cpu()
                           for rows in tokens.split(64)])
 
@@ -112,7 +114,7 @@ def make_head(arm, flaws, weight, rank, alpha, n_clusters):
 
     Its alpha stays as it is (`lora-match` raises it with the rank): here the stronger rival.
     """
-    chameleon = ChameleonHead(weight, rank, alpha, n_clusters=n_clusters)
+    chameleon = ChameleonHead(weight, rank, alpha, n_clusters)
     if arm == "chameleon":
         return chameleon
     if "parameters" not in flaws:
@@ -148,22 +150,24 @@ class Laboratory:
         k, weight = -(-N // batch_size), run.base.transformer.wte.weight
         torch.manual_seed(seed)
         head = make_head(arm, flaws, weight, args["rank"], args["alpha"], k).to(run.device)
-        model, company, cluster = HeadAlone(run.base.config, head), None, None
-        if head.needs_statistics:
-            head.scope = scope(flaws)
-            prompts = head.read(rows, run.base.transformer.wte)
-            with run.autocast:
-                cluster = head.fit_clusters(prompts, k, torch.Generator().manual_seed(seed))
-            company = Company(head, prompts, cluster)
+        model, cluster = HeadAlone(run.base.config, head), None
+        if arm == "chameleon":
+            plan = {"method": arm, "clusters": k, "stat_scope": scope(flaws)}
+            means, count = prompt_means(rows.seen(plan), weight)
+            with torch.no_grad(), autocast(run.device, run.dtype):
+                cluster = cluster_training(run, head, plan, means, count,
+                                           torch.Generator().manual_seed(seed))
         parameters = [p for p in head.parameters() if p is not head.weight]
         optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
         batches = [b for e in range(EPOCHS) for b in shuffled(N, batch_size, seed, e, cluster)]
         for step, index in enumerate(batches):
             optimizer.param_groups[0]["lr"] = learning_rate(step, len(batches), lr)
             states, targets = rows.batch(index)
-            told = company.among(index) if company else ()
-            with run.autocast:
-                nll = losses(model, states, targets, *told)[0]
+            told = None
+            if cluster is not None:
+                told = cluster_statistics(means[index], count[index], cluster[index])
+            with autocast(run.device, run.dtype):
+                nll = losses(model, states, targets, told).sum()
             (nll / (targets != IGNORE).sum()).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -172,11 +176,13 @@ class Laboratory:
 
     def score(self, head, by, seed, control=None):
         """Mean negative log-likelihood of the validation rows, in nats, by the project's metric."""
-        head.scope = scope(by)
         model, rows = HeadAlone(self.run.base.config, head), self.see("validation", by)
-        plan = {"cluster_size": self.args["batch_size"], "seed": seed}
-        company = held_out_company(self.run, model, rows, plan, "fit", control)
-        return summed(*score(self.run, model, rows, 64, company))["loss"]
+        plan = {"method": "chameleon", "cluster_size": self.args["batch_size"], "seed": seed,
+                "stat_scope": scope(by)}
+        told = held_out(self.run, model, rows, plan, "fit", control)
+        # Not `score`'s own: what is scored is in the targets, and under a flaw not all of that.
+        nll, _ = score(self.run, model, rows, told)
+        return float(nll.sum() / (rows.targets != IGNORE).sum())
 
     def rate(self, arm, flaws):
         """The learning rate of GRID that does best with seed 0, by the rule that it is for."""
@@ -261,14 +267,15 @@ def make_notes(lab, adapted):
         n_trained(make_head(arm, flaws, lab.run.base.lm_head.weight, lab.args["rank"], 1.0, 1))
         for arm, flaws in (("chameleon", ()), ("lora", ()), ("lora", ("parameters",)))]
     T = lab.states["validation", "frozen"].shape[1]
+    padded = float((rows.length < T).double().mean())
     return (
         f"Nats per token that the row's rule scores, ± over {len(SEEDS)} seeds; a gain of 0.01 is "
         f"1% of perplexity. 'Shuffled': the same weights are told another cluster's statistic. "
         f"'Gain that is left': they are scored by the honest rule, against the LoRA of the first "
         f"row. 'Re-scored alone': the heads of the first row, not trained again. "
         f"{len(lab.rows['train']):,} training rows, passed over {EPOCHS} times, and {len(rows):,} "
-        f"validation rows of at most {T} tokens; {(rows.length < T).mean():.0%} of the latter end "
-        f"in padding. Learning rate: for either arm the best of {GRID} with seed 0, by the rule of "
+        f"validation rows of at most {T} tokens; {padded:.0%} of the latter end in "
+        f"padding. Learning rate: for either arm the best of {GRID} with seed 0, by the rule of "
         f"its row; as one rate {RATE}. Parameters: chameleon {heads[0]:,}, LoRA "
         f"{heads[1]:,} or, 33 times fewer, {heads[2]:,}."
         + " The run has no joint LoRA adapter: the transformer is the frozen one." * (not adapted)

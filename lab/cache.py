@@ -26,9 +26,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lab.cluster import kmeans
-from lab.hypernet import product_type
-from lab.model import LMHead, Update, lora_factors
+from data import IGNORE
+from lab.cluster import kmeans, product_type
+from lab.model import generate_anew
+from lab.turns import linear_cross_entropy
+from model import LMHead, lora_factors
 
 NEVER = 1 << 30  # when padding is produced
 WIDTH = 4096  # of the features that are clustered, whatever the vocabulary
@@ -50,16 +52,15 @@ class CacheHead(LMHead):
     Its weight l = sigmoid(share) and t, which the paper chose by search, are trained: 2 parameters.
     """
 
-    needs_statistics = reads_company = True
-
     def __init__(self, weight, scope="running"):
         super().__init__(weight)
         self.scope = scope
-        self.share = nn.Parameter(torch.tensor(-2.0, device=weight.device))
-        self.log_t = nn.Parameter(torch.tensor(-1.0, device=weight.device))
+        self.share = nn.Parameter(torch.tensor(-2.0))
+        self.log_t = nn.Parameter(torch.tensor(-1.0))
 
-    def read(self, examples, embedding):
-        return examples
+    def update(self, hidden):
+        """Of a low-rank update of W, if any: z (..., r) of hidden (..., C), and B (V, r)."""
+        return ()
 
     def fit_clusters(self, examples, k, generator):
         return self.group(examples)
@@ -68,14 +69,14 @@ class CacheHead(LMHead):
         return torch.arange(len(examples))
 
     def told(self, examples, index, which, members, group):
-        """The rows `index`, then the `members` that are not among them, and what `losses` is told:
+        """The rows `index`, then the `members` that are not among them, and what `losses` hears:
         of each position the token that follows, and its place in the continuation, negative in the
         prompt: (B, T, 2); and who knows what whom has said, (B, B). Everybody knows itself.
         """
         rows = torch.cat([index, members[~torch.isin(members, index)].unique()])
-        tokens, real = examples.rows(rows)
-        prompt = torch.from_numpy(examples.prompt[rows.numpy(), None])
-        place = (torch.arange(tokens.shape[1]) - prompt).masked_fill(~real, NEVER)  # (B, T + 1)
+        tokens, real = examples.read(rows)
+        place = torch.arange(tokens.shape[1]) - examples.prompt[rows, None]  # (B, T + 1)
+        place = place.masked_fill(~real, NEVER)
         statistics = torch.stack([tokens, place], dim=2)[:, 1:]  # (B, T, 2)
         where = torch.zeros(len(examples), dtype=torch.int64)
         where[rows] = torch.arange(len(rows))
@@ -84,17 +85,6 @@ class CacheHead(LMHead):
         who, whom = (which[:, None] == group).nonzero().unbind(1)
         knows[who, where[members[whom]]] = True
         return rows, statistics, knows
-
-    def decoding(self, tokens, pad, longest, stop, context):
-        """As `told`, statistics (B, T, 2) of sequences (B, T) that are decoded in step: prompts
-        with `pad` (B,) tokens of padding before them end at `longest`, and `stop`, or a full
-        `context`, ends a row."""
-        following = tokens.roll(-1, dims=1)
-        place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-        nothing = (place <= pad[:, None]) | ((place > longest) & (tokens == stop))  # (B, T)
-        nothing |= place - pad[:, None] >= context
-        nothing[:, -1] = True  # it is yet to come
-        return torch.stack([following, (place - longest).masked_fill(nothing, NEVER)], dim=2)
 
     def gate(self, hidden, match, memory):
         """Logarithm of a memory's weight (q,) at hidden (q, C); memory: 0, a row's own, or 1, its
@@ -168,19 +158,21 @@ class CacheHead(LMHead):
             found = found.index_put((row, at), here)  # (Q, 2) -> (B, T, 2)
         return found.unbind(2)
 
-    def forward(self, hidden, updates=(), knows=None, statistics=None, first=0):
-        """Log-probabilities (B, T - first, V) of the positions from `first` on; logits are the same
-        up to a constant."""
-        log_p = super().forward(hidden[:, first:], updates).float().log_softmax(dim=2)
-        wanted = (torch.arange(hidden.shape[1], device=hidden.device) >= first).expand(
-            hidden.shape[:2])
-        p = []
-        for row, at, memories, log_share in self.memories(wanted, hidden, statistics, knows):
-            p.append((log_p[row, at - first] + log_share[:, None]).exp())  # (Q, V)
+    def forward(self, hidden, statistics, knows, wanted):
+        """Log-probabilities (n, V) at the n positions where `wanted` (B, T) is true, row after row:
+        logits, up to a constant. statistics and knows as `told` makes them."""
+        asking = hidden[wanted]  # (n, C)
+        logits = super().forward(asking)
+        if pair := self.update(asking):
+            logits = logits + F.linear(*pair)  # (n, r) @ (r, V)
+        log_p, p = logits.float().log_softmax(dim=1), []
+        for row, _, memories, log_share in self.memories(wanted, hidden, statistics, knows):
+            first = sum(map(len, p))  # rows and positions come in order
+            p.append((log_p[first:first + len(row)] + log_share[:, None]).exp())  # (Q, V)
             for power, token, offset in memories:
                 share = (offset + log_share).exp()[:, None] * power  # (Q, n)
                 p[-1] = p[-1].index_add(1, token, share)  # (Q, n) -> (Q, V)
-        return torch.cat(p).view_as(log_p).log()  # rows and positions have come in order
+        return torch.cat(p).log()
 
 
 class CompanyCacheHead(CacheHead):
@@ -191,22 +183,19 @@ class CompanyCacheHead(CacheHead):
     (None: all). Among more of them mates are nearer, so let it be as many as are served together.
     """
 
-    clustered_batches = True
-    controls = ("own prompt only", "shuffled", "other articles", "no later rows")
-
     def __init__(self, weight, rank, alpha, scope="running", at_hand=None):
         super().__init__(weight, scope)
         V, C = weight.shape
         self.scale, self.at_hand = alpha / rank, at_hand
-        self.lora_A, self.lora_B = lora_factors(C, V, rank, weight.device)
+        self.lora_A, self.lora_B = lora_factors(C, V, rank)
         # Of both memories; the mates' starts the lower.
-        self.share = nn.Parameter(torch.tensor([-0.2, -0.4], device=weight.device))
-        self.share_of = nn.Parameter(torch.zeros(2, C, device=weight.device))
-        self.trust = nn.Parameter(torch.zeros(2, device=weight.device))
-        self.register_buffer("idf", torch.ones(V, device=weight.device))
+        self.share = nn.Parameter(torch.tensor([-0.2, -0.4]))
+        self.share_of = nn.Parameter(torch.zeros(2, C))
+        self.trust = nn.Parameter(torch.zeros(2))
+        self.register_buffer("idf", torch.ones(V))
 
-    def updates(self, statistics=None):
-        return [Update(self.scale * self.lora_A, self.lora_B)]
+    def update(self, hidden):
+        return F.linear(hidden, self.scale * self.lora_A), self.lora_B
 
     def gate(self, hidden, match, memory):
         gate = hidden @ self.share_of[memory].to(hidden.dtype)  # (q, C) @ (C,) -> (q,)
@@ -273,3 +262,50 @@ def diffuse(features, device, dtype, neighbours=5, rounds=8):
         for _ in range(rounds):
             features = F.normalize(graph @ features, dim=1)  # (N, N) @ (N, W)
     return features
+
+
+def losses(model, tokens, targets, statistics, knows):
+    """Negative log-likelihood of the scored targets, in nats: summed (), and of each row (B,).
+
+    tokens (B, T) are what the model reads; targets (B, T), IGNORE where nothing is scored;
+    statistics and knows as `told` makes them. The sum can be differentiated, the rows cannot.
+    """
+    head, device = model.lm_head, model.lm_head.weight.device
+    tokens, targets, statistics, knows = (
+        t.to(device) for t in (tokens, targets, statistics, knows))
+    hidden = hidden_of(model, tokens)  # (B, T, C)
+    wanted = targets != IGNORE  # (B, T), n of them
+    log_extra, log_share = (x[wanted] for x in head.recall(hidden, statistics, knows, targets,
+                                                           wanted))
+    pair = head.update(hidden)
+    pairs = [(pair[0][wanted], pair[1])] if pair else []
+    total, each = linear_cross_entropy(
+        hidden[wanted], head.weight, targets[wanted], pairs, log_extra)
+    rows = each.new_zeros(targets.shape).index_put_(
+        wanted.nonzero(as_tuple=True), each - log_share.detach())
+    return total - log_share.sum(), rows.sum(dim=1)
+
+
+def hidden_of(model, tokens):
+    """Last hidden states (B, T, C); they have been given where a head stands alone."""
+    return model.hidden(tokens) if hasattr(model, "hidden") else tokens
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, knows, stop_token=None, **options):
+    """Continue prompts in step, B lists of tokens: a token is known to those who know its row,
+    knows (B, B), from the next step on. options: see `generate_anew`.
+    """
+    device = model.lm_head.weight.device
+    prompt = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # (B, 1)
+    knows = knows.to(device)
+
+    def next_logits(tokens, length):
+        place = torch.arange(1, tokens.shape[1] + 1, device=device)  # (T,), of what follows
+        known = place < length[:, None]  # (B, T)
+        following = torch.stack([tokens.roll(-1, dims=1),
+                                 (place - prompt).masked_fill(~known, NEVER)], dim=2)  # (B, T, 2)
+        return model.lm_head(model.hidden(tokens), following, knows, place == length[:, None])
+
+    return generate_anew(next_logits, prompts, max_new_tokens, model.config.block_size, device,
+                         stop_token=stop_token, **options)

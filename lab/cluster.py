@@ -69,6 +69,12 @@ def linear(weight, bias):
     return lambda x: F.linear(x.to_mkldnn(), weight, bias).to_dense()
 
 
+def product_type(device, default=torch.float32):
+    """What products are made in: autocast's type if it is on, else `default`."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else default
+
+
 def rows_within(max_bytes, centroids):
     """How many points to take at a time: scores (n, K) and up to four times (n, C) of float32."""
     K, C = centroids.shape

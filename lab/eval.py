@@ -24,18 +24,19 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common import UserError, whole_file, write_json, write_text
-from lab.common import (adapter_paths, choose_device, has_finished, keep_freed_memory, label,
-                        load_adapter, memory_advice, n_trained, open_corpus, open_run, read_records,
-                        share_trunk, wait)
+from common import (UserError, autocast, choose_device, keep_freed_memory, whole_file, write_json,
+                    write_text)
+from eval import COLOURS
+from lab.cache import CacheHead
+from lab.common import (adapter_paths, has_finished, label, load_adapter, memory_advice, n_trained,
+                        open_corpus, open_run, read_records, share_trunk, wait)
 from lab.data import Corpus, load_examples
-from lab.flags import CONTROLS, OF_ARTICLES, parse_eval, read_json
-from lab.model import HeadAlone, Update
+from lab.flags import CONTROLS, CONTROLS_OF, OF_ARTICLES, parse_eval, read_json
+from lab.heads import MadeHead, PromptTuningHead
+from lab.model import HeadAlone
 from lab.prompts import continue_prompts, score_generations, telling_words, text_metrics
-from lab.scoring import held_out_company, score, scored_bytes, summed
+from lab.scoring import held_out, is_told, score, scored_bytes, summed
 
-# Okabe & Ito's palette: told apart by all kinds of colour vision, and in grey.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "os^DvP*X<>ph8"
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # a legend, of the axes
 # Two-sided 95% points of Student's t distribution, by degrees of freedom.
@@ -48,29 +49,32 @@ TITLES = {"joint": "Trained jointly with LoRA in the transformer",
 
 
 @torch.no_grad()
-def latency(run, model, company, batch_size=32):
+def latency(run, model, examples, told, batch_size=32):
     """Seconds that the head takes for the next token of each of 32 requests, by their number.
 
     Updates are made before; a cache remembers all of the requests' rows.
     """
-    head, statistics, which, length = model.lm_head, None, None, 1
-    if company is not None:
-        index = company.cluster.argsort(stable=True)[:batch_size]  # whole clusters, but the last
-        statistics, which = (t.to(run.device) for t in company.among(index))
+    head, length, rest = model.lm_head, 1, ()
+    if told is not None:
+        index = told.cluster.argsort(stable=True)[:batch_size]  # whole clusters, but the last
         batch_size = len(index)
-    updates, rest = head.updates(statistics), ()
-    if head.reads_company:
-        length = statistics.shape[1]
-        rest = which, statistics, length - 1
-    else:
-        updates = [Update(*(t.to(run.dtype) for t in update.of(which))) for update in updates]
+    if isinstance(head, CacheHead):
+        which = told.cluster[index].unique(return_inverse=True)[1]
+        rest = [t.to(run.device) for t in head.told(examples, index, which, index, which)[1:]]
+        length = rest[0].shape[1]
+        wanted = torch.zeros(batch_size, length, dtype=torch.bool, device=run.device)
+        wanted[:, -1] = True
+        rest.append(wanted)
+    elif is_told(head) and not isinstance(head, PromptTuningHead):
+        A, B = head.factors(told.table[index].to(run.device))
+        head = MadeHead(head.weight, (head.scale * A).to(run.dtype), B.to(run.dtype))
     hidden = torch.randn(batch_size, length, model.config.n_embd, device=run.device,
                          dtype=run.dtype)
     times = []
     for _ in range(30):
         start = time.perf_counter()
-        with run.autocast:
-            head(hidden, updates, *rest)
+        with autocast(run.device, run.dtype):
+            head(hidden, *rest)
         wait(run.device)
         times.append(time.perf_counter() - start)
     return float(np.median(times)) / batch_size
@@ -90,17 +94,17 @@ def score_run(run, args):
         if control == "blended":
             model.lm_head.blend = True
         keep_freed_memory()
-        inference, found = args.inference or plan.get("inference"), {}
+        found = {}
         for split, examples in (run.shared if plan.get("trunk") else run.examples).items():
-            with memory_advice("lower --batch-size"):
-                company = held_out_company(run, model, examples, plan, inference, control)
-                nll, counts = score(run, model, examples, args.batch_size, company)
-            losses[f"{trunk}/{name}/{seed}/{split}"] = nll
+            with memory_advice("score on a CPU, --device cpu"):
+                told = held_out(run, model, examples, plan, args.inference, control)
+                nll, counts = score(run, model, examples, told)
+            losses[f"{trunk}/{name}/{seed}/{split}"] = nll.numpy()
             found[split] = result = summed(nll, counts)
             # Of a training gone wrong it may be beyond all numbers.
             result["perplexity"] = math.exp(result["loss"]) if result["loss"] < 100 else None
             result["bits_per_byte"] = result["nll_sum"] / math.log(2) / n_bytes[split]
-        found["latency"] = latency(run, model, company)
+        found["latency"] = latency(run, model, examples, told)
         print(f"{trunk}: {name}, seed {seed}: validation {found['validation']['loss']:.4f}, "
               f"test {found['test']['loss']:.4f}")
         entries.append({"name": name, "trunk": trunk, "seed": seed, "lr": plan.get("lr"),
@@ -114,7 +118,7 @@ def score_run(run, args):
         add(model, {"method": "frozen", "trunk": run.trunk if trunk == "shared" else None})
         for path in adapter_paths(run.folder, trunk):
             model, plan = load_adapter(run, path)
-            controls = () if plan.get("told") else model.lm_head.controls
+            controls = () if plan.get("told") else CONTROLS_OF.get(plan["method"], ())
             for control in (plan.get("told"), *controls):
                 if control not in OF_ARTICLES or not args.instructions:  # each is an article
                     add(model, plan, control, path)
@@ -161,9 +165,9 @@ def difference(mine, theirs, losses, examples):
         return losses[f"{entry['trunk']}/{entry['name']}/{entry['seed']}/test"]
 
     nll = np.mean([rows(a) - rows(b) for a, b in pairs], axis=0)  # (N,)
-    article = np.unique(examples.article, return_inverse=True)[1]
+    article = np.unique(examples.article.numpy(), return_inverse=True)[1]
     total = np.bincount(article, nll)
-    tokens = np.bincount(article, examples.length - examples.prompt)
+    tokens = np.bincount(article, (examples.length - examples.prompt).numpy())
     draw, n = np.random.default_rng(0), len(total)
     samples = (draw.integers(n, size=n) for _ in range(2000))
     ratios = [total[sample].sum() / tokens[sample].sum() for sample in samples]
@@ -304,16 +308,16 @@ def draw_costs(entries, path):
 def draw_clusters(run, model, plan, inference, path):
     """Validation prompts in the plane of most variance (PCA), coloured by cluster."""
     examples = run.examples["validation"]
-    company = held_out_company(run, model, examples, plan, inference)
-    features = model.lm_head.features(company.prompts).cpu()
-    cluster = company.cluster.numpy()
+    told = held_out(run, model, examples, plan, inference)
+    features, cluster = told.points, told.cluster.numpy()
     centred = features - features.mean(dim=0)
     _, scales, directions = torch.linalg.svd(centred, full_matrices=False)
     plane = (centred @ directions[:2].T).numpy()  # (N, C) @ (C, 2) -> (N, 2)
     share = (scales.square() / scales.square().sum())[:2].tolist()
     sizes = np.bincount(cluster)
     largest = np.argsort(-sizes, kind="stable")[: len(COLOURS)]
-    prompts = zip(*examples.prompts(range(len(examples)), plan["stat_scope"]), strict=True)
+    prompts = zip(*examples.seen({"stat_scope": plan["stat_scope"]}).prompts(
+        torch.arange(len(examples))), strict=True)
     texts = [run.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in prompts]
     labels = [f"{nth} principal component ({part:.0%} of variance)"
               for nth, part in zip(("first", "second"), share, strict=True)]
@@ -354,8 +358,7 @@ def main(argv=None):
         from lab.anatomy import dissect  # it builds on this file
 
         return dissect(run, config, corpus)
-    run.examples = load_examples(
-        corpus, run.tokenizer, config["args"]["block_size"], folder / "cache")
+    run.examples = load_examples(corpus, run.tokenizer, config["args"]["block_size"])
     del run.examples["train"]
     if adapter_paths(folder, "shared") and not args.on:
         share_trunk(run)

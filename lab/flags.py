@@ -17,6 +17,13 @@ ALONE = "own prompt only"
 TRAINABLE = (ALONE, "shuffled", "constant")  # controls: what a head is told in a cluster's place
 OF_ARTICLES = ("other articles", "no later rows")
 CONTROLS = TRAINABLE + OF_ARTICLES
+# What eval tells a method's heads in place of their cluster; see `scoring.Company`, and "blended"
+# in heads.py.
+CONTROLS_OF = {
+    "chameleon": (ALONE, "shuffled", "constant", "other articles"),
+    "company-cache": (ALONE, "shuffled", *OF_ARTICLES),
+    "per-sample": ("shuffled",), "task-embedding": ("shuffled",), "library": ("blended",),
+}
 HUB_BASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of openai-community on the Hub
 CONDITIONS = ("instruction", "instruction+input")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -24,11 +31,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # Settings that a run folder has once; a later call into the same folder must agree with them.
 ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "base_lr",
-        "base_epochs", "base_batch_size", "dropout", "dtype")
+        "base_epochs", "base_batch_size", "dtype")
 # Of these, what is asked of a base from scratch alone; another run's base has its own of OF_A_RUN
 # too, which GPT-2's files leave open.
 SCRATCH = ("size", "vocab_size", "base_lr", "base_epochs", "base_batch_size")
-OF_A_RUN = ("dropout", "tokenizer")
+OF_A_RUN = ("tokenizer",)
 OF_A_CALL = ("resume", "out", "device")  # what config.json does not keep
 OF_PROMPTS = ("assign", "clusters", "static", "base_only", "json", "method", "temperature", "top_k")
 
@@ -99,8 +106,6 @@ def train_parser():
     add("--base-lr", type=number(float, 1e-9, 100), default=3e-3, help="its peak learning rate")
     add("--base-epochs", type=number(float, 1e-9, 1e6), default=4.0, help="its passes over data")
     add("--base-batch-size", type=COUNT, default=16, help="its rows in a batch; sets the memory")
-    add("--dropout", type=number(float, 0, 0.99), default=0.0, help="on the embedding and the "
-        "residual branches, while the base and the adapters are trained")
     add("--batch-size", type=COUNT, default=32, metavar="B", help="rows in a batch of an adapter "
         "and, on average, in a cluster; memory grows in proportion")
     add("--accumulate", type=COUNT, metavar="N", help="batches in a step, in turn or on as many "
@@ -134,8 +139,6 @@ def train_parser():
     add("--device", default="auto", choices=DEVICES, help="auto: of cuda, mps, cpu the first here")
     add("--dtype", default="auto", choices=DTYPES, help="of matrix products; the 16-bit ones halve "
         "the memory of activations; auto takes what is fast, and says why")
-    add("--compile", action="store_true", help="torch.compile the transformer's blocks: a minute "
-        "to start, then faster steps on CUDA (not with --trunk shared, which runs none)")
     return parser
 
 
@@ -147,8 +150,6 @@ def eval_parser():
     add("--inference", choices=("fit", "assign"), help="cluster requests by k-means among "
         "themselves, or by the nearest training centroid (default: as in training, and so always "
         "for company-cache)")
-    add("--batch-size", type=COUNT, default=64, help="rows at a time; changes speed and memory, "
-        "not results")
     add("--data-dir", help="where the data set lies (default: as in training)")
     add("--device", default="auto", choices=DEVICES, help="where to score")
     add("--dtype", choices=DTYPES, help="of matrix products (default: as in training)")

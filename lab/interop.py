@@ -1,4 +1,4 @@
-"""GPT-2's published weights in, transformers' and PEFT's files out and in, without either of them.
+"""Transformers' files out, and PEFT's out and in, without either of them.
 
 All of it is safetensors and JSON: nothing here executes or unpickles. GPT-2 was published with
 its linear layers (in, out) (`Conv1D`); this project has torch's (out, in).
@@ -10,8 +10,8 @@ own: tensors under the names of the model's parameters and buffers,
     lm_head.lora_A (r, C), .lora_B (V, r)                                  lora, company-cache
     lm_head.share, .trust (2,), .log_t (), .share_of (2, C), .idf (V,)             company-cache
     lm_head.hypernetwork.layers.{0,2,4}.weight and .bias, lm_head.center,
-        .spread (C,), .centroids (K, C)                                              chameleon
-    the rivals' have the names of their parameters in baselines.py
+        .spread (C,), .clusters (K, C)                                               chameleon
+    the rivals' have the names of their parameters in heads.py
 
 and in the file's header, as JSON under "info", the plan of the training (method, rank, alpha,
 seed, ...; its "base" is a fingerprint of the base's shape and weights, and any other base is
@@ -20,7 +20,6 @@ refused), and what was done (step, tokens, seconds, best validation loss).
 
 import copy
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,18 +27,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common import UserError, whole_file, write_json
-from lab.flags import HUB_BASES, read_json
-from lab.model import GPT, GPTConfig, LMHead, LoRAHead, LoRALinear, merge_lora
+from lab.cache import CacheHead
+from lab.flags import read_json
+from lab.heads import PromptTuningHead
+from lab.scoring import is_told
+from model import GPT2_SHAPE, LMHead, LoRAHead, LoRALinear, merge_lora
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out)
-# What config.json may say where this GPT has no choice; first what it writes itself.
+# What config.json says where this GPT has no choice.
 FIXED = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True,), "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
 }
-SHAPE = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
-         "n_head": "n_head", "n_embd": "n_embd"}
 
 
 @contextmanager
@@ -61,86 +61,6 @@ def write_weights(path, tensors):
         save_file(flat, temporary, metadata={"format": "pt"})
 
 
-def find_gpt2(base, data_dir):
-    """Folder of `base`: a folder, or a name of HUB_BASES, fetched once and kept in `data_dir`.
-
-    Raises UserError if the files are neither there nor to be had.
-    """
-    names, hosted = ("config.json", "model.safetensors"), base in HUB_BASES
-    folder = Path(data_dir) / base if hosted else Path(base)
-    for name in names:
-        if (folder / name).exists():
-            continue
-        if not hosted:
-            raise UserError(f"--base {base}: the folder has no {name} (of a run, name the file "
-                            f"base.safetensors)")
-        try:
-            from huggingface_hub import hf_hub_download
-            from huggingface_hub.utils import logging
-
-            logging.set_verbosity_error()  # its retries; what came of them is told below
-            hf_hub_download(f"openai-community/{base}", name, local_dir=folder)
-        except Exception as error:  # whatever went wrong on the way, there are two ways out
-            raise UserError(
-                f"--base {base}: {folder / name} does not exist and the Hugging Face Hub cannot be "
-                f"reached ({type(error).__name__}); with a network try again, or put "
-                f"{' and '.join(names)} of openai-community/{base} there"
-            ) from None
-    return folder
-
-
-def read_config(folder):
-    """GPTConfig of a config.json; UserError where it describes something else than a GPT-2."""
-    path = Path(folder) / "config.json"
-    given = read_json(path)
-    if not isinstance(given, dict) or given.get("model_type") != "gpt2":
-        raise UserError(f"{path} is not that of a GPT-2")
-    for key, values in FIXED.items():
-        if given.get(key, values[0]) not in values:
-            raise UserError(f"{path}: {key} is {given[key]!r}; this GPT has {values[0]!r} alone")
-    sizes = {ours: given.get(key) for key, ours in SHAPE.items()}
-    if not all(type(size) is int and size > 0 for size in sizes.values()):
-        raise UserError(f"{path}: {', '.join(SHAPE)} must be whole numbers above 0")
-    config = GPTConfig(**sizes)
-    if given.get("n_inner") not in (None, 4 * config.n_embd) or config.n_embd % config.n_head:
-        raise UserError(f"{path}: n_inner must be 4 n_embd, and n_head divide n_embd")
-    return config
-
-
-@torch.no_grad()
-def load_gpt2(folder, block_size=None, dropout=0.0):
-    """The GPT in a folder of transformers' layout, in float32; `block_size` crops its positions.
-
-    Names may start with "transformer." or not. Raises UserError for a missing, surplus or
-    misshapen tensor, for a head that is not the token embedding, and for too large a block.
-    """
-    config, path = read_config(folder), Path(folder) / "model.safetensors"
-    positions = config.block_size
-    if (block_size or 0) > positions:
-        raise UserError(f"--block-size {block_size}: {folder} reads {positions} tokens at most")
-    model = GPT(replace(config, block_size=block_size or positions, dropout=dropout))
-    with tensor_file(path) as file:
-        stored = {name.removeprefix("transformer."): name for name in file.keys()}
-        for name, p in model.transformer.named_parameters():
-            if name not in stored:
-                raise UserError(f"{path}: {name} is missing")
-            tensor = file.get_tensor(stored.pop(name))
-            shape = list(p.shape) if name != "wpe.weight" else [positions, config.n_embd]
-            tensor = tensor.T if name.endswith(CONV1D) else tensor  # (in, out) -> (out, in)
-            if list(tensor.shape) != shape:
-                raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, and config.json "
-                                f"asks for {shape}, (out, in) for linear layers")
-            p.copy_(tensor[: len(p)])
-        head = stored.pop("lm_head.weight", None)
-        if head and not torch.equal(file.get_tensor(head).float(), model.lm_head.weight):
-            raise UserError(f"{path}: lm_head.weight is not the token embedding, as GPT-2's is")
-    # Old files keep the causal mask beside the weights.
-    odd = [name for name in stored if not name.endswith((".attn.bias", ".attn.masked_bias"))]
-    if odd:
-        raise UserError(f"{path}: {odd[0]} has no place in the model that config.json describes")
-    return model
-
-
 @torch.no_grad()
 def save_hf(model, folder, statistics=None):
     """Write a GPT, adapters merged, to a folder for transformers' AutoModelForCausalLM.
@@ -152,25 +72,29 @@ def save_hf(model, folder, statistics=None):
     soft prompts, which a GPT-2 has no place for.
     """
     head, config = model.lm_head, model.config
-    if head.needs_statistics and (statistics is None or len(statistics) != 1):
+    if is_told(head) and (statistics is None or len(statistics) != 1):
         raise ValueError(f"a {type(head).__name__} has an update per cluster: pass statistics of 1")
-    if head.reads_company or head.soft_prompts(statistics) is not None:
+    if isinstance(head, (CacheHead, PromptTuningHead)):
         raise ValueError(f"GPT-2 has no place for what a {type(head).__name__} adds")
-    updates, merged = head.updates(statistics), copy.deepcopy(model.transformer)
+    merged = copy.deepcopy(model)
     merge_lora(merged)
     tensors = {name: p.T if name.endswith(CONV1D) else p  # (out, in) -> (in, out)
-               for name, p in merged.named_parameters("transformer") if ".lora_" not in name}
-    if updates:
-        tensors["lm_head.weight"] = head.weight + sum(
-            (update.B @ update.A).view_as(head.weight) for update in updates)  # (V, r) @ (r, C)
+               for name, p in merged.transformer.named_parameters("transformer")}
+    A = B = None
+    if is_told(head):
+        A, B = head.factors(statistics)
+    elif isinstance(head, LoRAHead):
+        A, B = head.lora_A, head.lora_B
+    if A is not None:
+        tensors["lm_head.weight"] = head.weight + (head.scale * B @ A).view_as(head.weight)
     end = config.vocab_size - 1
     write_weights(Path(folder) / "model.safetensors", tensors)
     write_json(Path(folder) / "config.json", {
-        "model_type": "gpt2", **{key: values[0] for key, values in FIXED.items()},
-        **{key: getattr(config, ours) for key, ours in SHAPE.items()},
-        "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": not updates,
-        "bos_token_id": end, "eos_token_id": end, "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout, "attn_pdrop": 0.0, "dtype": "float32",
+        "model_type": "gpt2", **FIXED,
+        **{key: getattr(config, ours) for key, ours in GPT2_SHAPE.items()},
+        "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": A is None,
+        "bos_token_id": end, "eos_token_id": end, "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0, "attn_pdrop": 0.0, "dtype": "float32",
     })
 
 
@@ -190,9 +114,9 @@ def save_peft(model, folder, head=True):
     asked for, for a model without LoRA, and after merge_lora.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not layers or any(layer.merged for layer in layers.values()):
+    if not layers:
         raise ValueError("save_peft needs a model with LoRA that is not merged")
-    if head and model.lm_head.needs_statistics:
+    if head and is_told(model.lm_head):
         raise ValueError(f"PEFT has no place for a {type(model.lm_head).__name__}; head=False "
                          f"writes the LoRA of the transformer alone")
     if head and isinstance(model.lm_head, LoRAHead):

@@ -19,52 +19,65 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import model as core
 from common import UserError
+from lab import cache
+from lab.cache import CacheHead
+from lab.cluster import assign
 from lab.common import adapter_path, adapter_paths, label, load_adapter
 from lab.data import END, RESPONSE, Examples, begin_within
 from lab.flags import ALONE
-from lab.model import generate, merge_lora
-from lab.scoring import held_out_company
+from lab.heads import PromptTuningHead
+from lab.model import generate_anew
+from lab.scoring import held_out, is_told, points_of
+from hypernet import prompt_means
+from model import merge_lora
 
 
 def adapt_to(run, model, plan, prompts, inference=None, n_clusters=None):
-    """What `model` is told of prompts that are asked together, and each one's cluster (B,).
+    """What `model` is told of each of B prompts that are asked together, and its cluster (B,).
 
-    prompts: B lists of token ids, or an `Examples` whose rows are all prompt. The first is a dict
-    of statistics (K, ...) and cluster (B,) for `generate` and `GPT.forward`, empty for a head that
-    is told nothing. inference, "fit" or "assign", is the plan's if not given, and n_clusters as
-    many as the training's cluster size makes. A single prompt gets the nearest training cluster.
+    prompts: lists of token ids, or an `Examples` whose rows are all prompt. The first is a table of
+    statistics (B, C); who knows what whom has said (B, B) for a cache; None for a head that is told
+    nothing. inference, "fit" or "assign", is the plan's if not given, and n_clusters as many as the
+    training's cluster size makes. A single prompt gets the statistic of the nearest training
+    cluster.
     """
-    head = model.lm_head
+    head, nearest = model.lm_head, inference or plan.get("inference")
     if not isinstance(prompts, Examples):
         prompts = rows_of(run, plan, prompts)
-    if not head.needs_statistics:
-        return {}, torch.zeros(len(prompts), dtype=torch.int64)
-    if len(prompts) == 1 and head.stores_clusters and not plan.get("told"):
-        cluster, statistics = head.assigned(
-            head.read(prompts.conditioned(plan), run.base.transformer.wte))
-        which = torch.zeros_like(cluster)
-    else:
-        if n_clusters:
-            plan = plan | {"cluster_size": len(prompts) / min(n_clusters, len(prompts))}
-        company = held_out_company(
-            run, model, prompts, plan, inference or plan.get("inference"), plan.get("told"))
-        statistics, which = company.told(torch.arange(len(prompts)))
-        cluster = company.cluster
-    return {"statistics": statistics.to(run.device), "cluster": which.to(run.device)}, cluster
+    if not is_told(head) and not isinstance(head, CacheHead):
+        return None, torch.zeros(len(prompts), dtype=torch.int64)
+    if len(prompts) == 1 and stores_clusters(plan) and not plan.get("told"):
+        means, _ = prompt_means(prompts.seen(plan), run.base.transformer.wte.weight)
+        known = head.clusters.cpu()  # (K, C)
+        cluster, _ = assign(points_of(head, means, "cpu"), points_of(head, known, "cpu"))
+        return known[cluster].to(run.device), cluster
+    if n_clusters:
+        plan = plan | {"cluster_size": len(prompts) / min(n_clusters, len(prompts))}
+    told = held_out(run, model, prompts, plan, nearest, plan.get("told"))
+    if is_told(head):
+        return told.table.to(run.device), told.cluster
+    return told.cluster[:, None] == told.cluster, told.cluster
+
+
+def stores_clusters(plan):
+    """Whether a method's head keeps training clusters, to which a single prompt can go."""
+    return plan["method"] not in ("company-cache", "cache", "per-sample", "task-embedding")
 
 
 def rows_of(run, plan, prompts):
     """`Examples` of B lists of token ids, all prompt."""
-    length = np.array([len(prompt) for prompt in prompts])
+    length = torch.tensor([len(prompt) for prompt in prompts])
     shown = length
     if plan.get("condition") == "instruction":  # as in training: what announces a response is not
-        sizes = run.tokenizer.bytes_per_token().numpy()
+        sizes = run.tokenizer.bytes_per_token()
         ends = [len(run.tokenizer.decode(prompt).rstrip().encode()) for prompt in prompts]
-        shown = np.array([begin_within(prompt, end, sizes)
-                          for prompt, end in zip(prompts, ends, strict=True)]).clip(1)
-    return Examples(np.concatenate(prompts), length.cumsum() - length, length, length,
-                    np.arange(len(length)), instruction=shown)
+        shown = torch.tensor([begin_within(torch.tensor(prompt), end, sizes)
+                              for prompt, end in zip(prompts, ends, strict=True)]).clamp(min=1)
+    tokens = torch.tensor([token for prompt in prompts for token in prompt])
+    return Examples(tokens, length.cumsum(0) - length, length, length, torch.arange(len(length)),
+                    instruction=shown)
 
 
 def open_method(run, method, seed):
@@ -85,25 +98,36 @@ def answers(run, args, method, prompts):
     batches = [[prompt] for prompt in prompts] if args.assign else [prompts]
     told = [adapt_to(run, model, plan, batch, args.inference, args.clusters) for batch in batches]
     found = []
-    for batch, (requests, _) in zip(batches, told, strict=True):
-        found += decode(run, model, batch, args.max_new_tokens, temperature=args.temperature,
-                        top_k=args.top_k, **requests,
+    for batch, (heard, _) in zip(batches, told, strict=True):
+        found += decode(run, model, batch, args.max_new_tokens, heard,
+                        temperature=args.temperature, top_k=args.top_k,
                         generator=torch.Generator(run.device).manual_seed(args.seed))
-    head, cluster = model.lm_head, torch.cat([cluster for _, cluster in told]).tolist()
-    if args.assign and (not head.stores_clusters or plan.get("told") == ALONE):
+    cluster = torch.cat([cluster for _, cluster in told]).tolist()
+    if args.assign and (not stores_clusters(plan) or plan.get("told") == ALONE):
         cluster = list(range(len(prompts)))
     together = len(prompts) > 1 and not args.assign
-    hears = head.clustered_batches and plan.get("told") not in (ALONE, "constant")
+    adapted = told[0][0] is not None
+    hears = (adapted and plan["method"] not in ("cache", "per-sample", "task-embedding")
+             and plan.get("told") not in (ALONE, "constant"))
     # A draw depends on the draws before it.
-    return (found, cluster if head.needs_statistics else None,
-            together and (hears or args.temperature > 0))
+    return found, cluster if adapted else None, together and (hears or args.temperature > 0)
 
 
-def decode(run, model, prompts, max_new_tokens, **options):
-    """`generate`, merged and in the run's type: autocast would convert W for each token."""
+def decode(run, model, prompts, max_new_tokens, told=None, **options):
+    """Continue prompts, of which `model` is told what `adapt_to` has found; LoRA is merged."""
     merge_lora(model)
-    model.transformer.to(run.dtype)
-    return generate(model, prompts, max_new_tokens, stop_token=run.tokenizer.end, **options)
+    options["stop_token"] = run.tokenizer.end
+    if isinstance(model.lm_head, CacheHead):
+        return cache.generate(model, prompts, max_new_tokens, told, **options)
+    if isinstance(model.lm_head, PromptTuningHead):
+
+        def next_logits(tokens, length):
+            logits = model(tokens, told, start=int(length.min()) - 1)  # (B, T - start, V)
+            return logits[torch.arange(len(tokens)), length - length.min()]
+
+        return generate_anew(next_logits, prompts, max_new_tokens, model.config.block_size,
+                             run.device, **options)
+    return core.generate(model, prompts, max_new_tokens, told, **options)
 
 
 def read_prompts(name):
@@ -206,8 +230,8 @@ def score_generations(run, args, compare):
     """
     test, entries = run.examples["test"], []
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
-    order = order[torch.from_numpy(test.prompt)[order] < run.base.config.block_size]  # has room
-    chosen = order[: args.generations].sort().values.numpy()
+    order = order[test.prompt[order] < run.base.config.block_size]  # has room
+    chosen = order[: args.generations].sort().values
     start, n_prompt, length = test.start[chosen], test.prompt[chosen], test.length[chosen]
     rows = Examples(test.tokens, start, n_prompt, n_prompt, test.article[chosen],
                     instruction=test.instruction[chosen])
@@ -219,12 +243,12 @@ def score_generations(run, args, compare):
         model, plan = load_adapter(run, path) if path else open_method(run, "frozen", 0)
         if plan.get("told"):  # a control has no answers of its own
             continue
-        requests, _ = adapt_to(run, model, plan, rows, args.inference)
+        told, _ = adapt_to(run, model, plan, rows, args.inference)
         texts = []
-        size = len(prompts) if model.lm_head.reads_company else args.batch_size
+        size = len(prompts) if isinstance(model.lm_head, CacheHead) else 64
         for turn in torch.arange(len(prompts)).split(size):
-            told = requests and requests | {"cluster": requests["cluster"][turn]}
-            found = decode(run, model, [prompts[i] for i in turn], args.max_new_tokens, **told)
+            heard = None if told is None else told[turn.to(told.device)]
+            found = decode(run, model, [prompts[i] for i in turn], args.max_new_tokens, heard)
             texts += [run.tokenizer.decode(new) for new in found]
         entries.append({"name": label(plan), "seed": plan.get("seed", 0),
                         "n": len(texts), **compare(texts, wanted)})

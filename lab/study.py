@@ -17,12 +17,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from common import UserError, write_json
+from common import UserError, autocast, write_json
+from hypernet import prompt_means
 from lab.common import adapter_paths, label, load_adapter
 from lab.data import Examples, read_pydocs
 from lab.eval import BESIDE, COLOURS, MARKERS, figure
-from lab.model import HeadAlone, generate
-from lab.scoring import Company, held_out_company, score, summed
+from lab.flags import ALONE, CONTROLS_OF
+from lab.cache import CacheHead, generate
+from lab.model import HeadAlone
+from lab.scoring import Company, Told, held_out, is_told, score, summed, table
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 SHARES = (0.0, 0.1, 0.25, 0.5)  # noise
@@ -36,17 +39,26 @@ def whole_model(run, model):
     return model
 
 
+def telling(run, model, plan, examples, company):
+    """`Told` for examples whose company has been changed."""
+    if not is_told(model.lm_head):
+        return Told(company.cluster, company)
+    means, count = prompt_means(examples.seen(plan), run.base.transformer.wte.weight)
+    return Told(company.cluster, company, table(model.lm_head, means, count, company))
+
+
 def sweep_company(run, model, plan, examples, args):
     """More and more clusters; or always those of 64, of whose members few are told."""
-    fixed, company = args.sweep == "cluster-size", None
+    fixed, told = args.sweep == "cluster-size", None
     for size in SIZES:
-        if not (fixed and company):
+        if not (fixed and told):
             wanted = plan | {"cluster_size": SIZES[-1] if fixed else size}
-            company = held_out_company(run, model, examples, wanted, "fit")
+            told = held_out(run, model, examples, wanted, "fit")
         if fixed:
-            company.choose = functools.partial(choose_few, size)
-        x = size if fixed else int(company.cluster.max()) + 1
-        yield "", x, summed(*score(run, model, examples, args.batch_size, company))["loss"]
+            told.company.choose = functools.partial(choose_few, size)
+            told = telling(run, model, plan, examples, told.company)
+        x = size if fixed else int(told.cluster.max()) + 1
+        yield "", x, summed(*score(run, model, examples, told))["loss"]
 
 
 def choose_few(size, i, mates):
@@ -61,23 +73,23 @@ def sweep_noise(run, model, plan, examples, args):
     order = draw.permutation(len(examples))
     scored = torch.zeros(len(order), dtype=torch.bool)
     scored[order[len(order) // 2 :]] = True
-    text = "\n\n".join(document.text for document in read_pydocs()[:400])
+    text = "\n\n".join(document.text for document in list(read_pydocs())[:400])
     elsewhere = np.array(run.tokenizer.encode(text))
     sources = {"random tokens": draw.integers(0, run.tokenizer.vocab_size, len(elsewhere)),
                "Python's documentation": elsewhere}
     model, examples = whole_model(run, model), replace(examples, states=None)
-    company = held_out_company(run, model, examples, plan, plan["inference"])
+    company = held_out(run, model, examples, plan).company
     for kind, source in sources.items():
+        source = torch.from_numpy(source).to(examples.tokens.dtype)
         for share in SHARES:
-            tokens = np.array(examples.tokens)
+            tokens = examples.tokens.clone()
             for i in order[: int(share * len(order))]:
-                row = slice(examples.start[i], examples.start[i] + examples.length[i])
-                start = draw.integers(len(source) - examples.length[i])
-                tokens[row] = source[start : start + examples.length[i]]
+                n = int(examples.length[i])
+                start = draw.integers(len(source) - n)
+                tokens[examples.start[i] : examples.start[i] + n] = source[start : start + n]
             noisy = replace(examples, tokens=tokens)
-            company.prompts = model.lm_head.read(noisy.conditioned(plan), run.base.transformer.wte)
-            yield kind, share, summed(*score(
-                run, model, noisy, args.batch_size, company, chosen=scored))["loss"]
+            told = telling(run, model, plan, noisy, company)
+            yield kind, share, summed(*score(run, model, noisy, told, chosen=scored))["loss"]
 
 
 def sweep_written(run, model, plan, examples, args):
@@ -88,29 +100,30 @@ def sweep_written(run, model, plan, examples, args):
     request; the mates that it hears have written in company with their prompts.
     """
     model, examples, N = whole_model(run, model), replace(examples, states=None), len(examples)
-    cluster = held_out_company(run, model, examples, plan, plan["inference"]).cluster
+    cluster = held_out(run, model, examples, plan).cluster
     prompts = [examples.tokens[a : a + n].tolist()
                for a, n in zip(examples.start, examples.prompt, strict=True)]
     written = write(run, model, prompts, examples, cluster, args)
     place = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    several = len(np.unique(examples.article)) < N  # rows of an article
+    several = len(examples.article.unique()) < N  # rows of an article
     controls = (None, "no later rows") if several else (None,)
     for kind, texts in (("written by the model", written), ("not known", [[]] * N)):
         rows = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-        length = np.array([len(row) for row in rows])
+        length = torch.tensor([len(row) for row in rows])
+        more = torch.tensor([token for row in rows for token in row])
         both = Examples(  # row N + i is row i with another continuation
-            np.concatenate([examples.tokens, *rows]),
-            np.append(examples.start, len(examples.tokens) + length.cumsum() - length),
-            np.append(examples.length, length), np.tile(examples.prompt, 2),
-            np.tile(examples.article, 2))
+            torch.cat([examples.tokens, more.to(examples.tokens.dtype)]),
+            torch.cat([examples.start, len(examples.tokens) + length.cumsum(0) - length]),
+            torch.cat([examples.length, length]), examples.prompt.repeat(2),
+            examples.article.repeat(2))
         for control in controls:
-            company = Company(model.lm_head, both, cluster, control, None, examples.article)
+            company = Company(cluster, control, None, examples.article)
             heard = company.choose or (lambda i, mates: mates)
             for share in WRITTEN:
                 other = N * (place < round(share * N))
                 company.choose = functools.partial(choose_other, heard, other)
                 yield ", ".join(filter(None, (kind, control))), share, summed(*score(
-                    run, model, both, args.batch_size, company,
+                    run, model, both, Told(cluster, company),
                     chosen=torch.arange(2 * N) < N))["loss"]
 
 
@@ -125,8 +138,8 @@ def write(run, model, prompts, examples, cluster, args):
             continue
         most = int(room[members].max())
         knows = torch.ones(len(members), len(members), dtype=torch.bool, device=run.device)
-        with run.autocast:
-            texts = generate(model, [prompts[i] for i in members], most, cluster=knows,
+        with autocast(run.device, run.dtype):
+            texts = generate(model, [prompts[i] for i in members], most, knows,
                              temperature=args.temperature, top_k=args.top_k,
                              stop_token=run.tokenizer.end, generator=generator)
         for i, text in zip(members, texts, strict=True):
@@ -157,10 +170,10 @@ def sweep(run, args):
         trunk = "shared" if plan.get("trunk") else "joint"
         if records and records[0]["trunk"] != trunk:  # joint adapters only where no head is alone
             break
-        wanted = "own prompt only" in model.lm_head.controls or (
+        wanted = ALONE in CONTROLS_OF.get(plan["method"], ()) or (
             kind == "noise" and plan["method"] == "per-sample")
         if kind == "written":  # the others hear prompts alone
-            wanted &= model.lm_head.reads_company and model.lm_head.scope != "prompt"
+            wanted &= isinstance(model.lm_head, CacheHead) and model.lm_head.scope != "prompt"
         if not wanted or plan.get("told") or plan["seed"] != args.seed or (
                 args.methods and plan["method"] not in args.methods):
             continue

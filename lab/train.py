@@ -18,12 +18,9 @@ A run folder holds
 
 import json
 import math
-import signal
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -32,74 +29,26 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import UserError, read_tensors, write_json, write_tensors, write_text
+import train as core
+from common import (UserError, autocast, choose_device, choose_dtype, keep_freed_memory,
+                    read_tensors, write_json, write_tensors, write_text)
+from hypernet import cluster_statistics, prompt_means
+from lab import cache
+from lab.cache import CacheHead
 from lab.cluster import cluster_batches
-from lab.common import (Run, adapt, adapter_path, choose_device, choose_dtype, has_finished,
-                        join_processes, keep_freed_memory, label, load_base, load_weights,
-                        matrix_rate, memory_advice, n_trained, open_corpus, read_plan, read_records,
-                        share_trunk, wait, weights)
-from lab.data import IGNORE, Tokenizer, load_examples
-from lab.flags import ALONE, CONDITIONS, HUB_BASES, OF_A_CALL, TOLD_NOTHING, parse_train, read_json
-from lab.interop import find_gpt2, load_gpt2
+from lab.common import (Run, adapt, adapter_path, config_of, has_finished, join_processes, label,
+                        load_base, load_weights, memory_advice, n_trained, open_corpus, read_plan,
+                        read_records, share_trunk, wait, weights)
+from lab.data import Tokenizer, fingerprint, load_examples
+from lab.flags import (ALONE, CONDITIONS, HUB_BASES, OF_A_CALL, TOLD_NOTHING, parse_train,
+                       read_json)
 from lab.model import GPT, SIZES, GPTConfig
-from lab.scoring import Company, held_out_company, losses, score, scored_bytes, summed
+from lab.scoring import (Company, cluster_training, company_batch, held_out, is_told, score,
+                         scored_bytes, summed, table)
+from model import find_gpt2, load_gpt2
+from train import generator, learning_rate, under
 
 # ------------------------------------------------------------------------------------ training
-
-
-def learning_rate(step, total, peak):
-    """Linear warm-up over the first 5% of `total` steps, then a cosine down to 10% of `peak`."""
-    warmup = max(1, round(0.05 * total))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-@contextmanager
-def interruptible():
-    """Yield a function that says whether Ctrl-C or SIGTERM has come; a second one acts at once."""
-    came = []
-
-    def note(number, frame):
-        if came:
-            raise KeyboardInterrupt
-        came.append(number)
-        print("\nstopping after this step ...", file=sys.stderr)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def parameter_groups(model):
-    """AdamW's groups. A base decays its matrices; adapters are small and decay nothing."""
-    groups, is_base = {}, model.lm_head.weight.requires_grad
-    for name, p in model.named_parameters():
-        group = "matrices" if p.dim() > 1 else "biases and norms"
-        if not is_base:
-            head = name.startswith("lm_head")
-            group = type(model.lm_head).__name__ if head else "LoRA in the transformer"
-        if p.requires_grad:
-            groups.setdefault(group, []).append(p)
-    return [dict(name=name, params=params, weight_decay=0.1 if name == "matrices" else 0.0)
-            for name, params in groups.items()]
-
-
-def flops_per_token(model, scored):
-    """Operations that training on a token takes: two per weight and pass, and attention's.
-
-    The backward pass repeats them for the gradients of what each layer reads and, in a base, of
-    its weights; an adapter's own matrices are too small to count. scored: the share of tokens
-    that need logits.
-    """
-    config, passes = model.config, 3 if model.lm_head.weight.requires_grad else 2
-    weights = 12 * config.n_layer * config.n_embd**2 + scored * config.vocab_size * config.n_embd
-    attention = 2 * config.n_layer * config.block_size * config.n_embd  # half of it is masked
-    return 2 * weights * passes + 3 * attention
 
 
 class Diverged(UserError):
@@ -107,15 +56,33 @@ class Diverged(UserError):
 
 
 class Objective(nn.Module):
-    """A batch's summed loss as the one module that DistributedDataParallel asks for."""
+    """A part's summed loss as the one module that DistributedDataParallel asks for."""
 
     def __init__(self, run, model):
         super().__init__()
         self.run, self.model = run, model
 
-    def forward(self, *batch):
-        with self.run.autocast:
-            return losses(self.model, *batch)[0]
+    def forward(self, *part):
+        with autocast(self.run.device, self.run.dtype):
+            if isinstance(self.model.lm_head, CacheHead):
+                return cache.losses(self.model, *part)[0]
+            return core.losses(self.model, *part).sum()
+
+
+def in_parts(run, model, examples, told=None, whole=False):
+    """The function load(index) -> parts of a batch, of which the logits fit into memory.
+
+    Each part is a tuple that `core.losses` takes; told(index) -> statistics (B, C).
+    """
+
+    def load(index):
+        statistics, parts = told and told(index), []
+        for part in core.chunks(torch.arange(len(index)), run, model.config):
+            batch = examples.batch(index[part], whole)
+            parts.append(batch if statistics is None else (*batch, statistics[part]))
+        return parts
+
+    return load
 
 
 def upcoming(run, plan, step, load, n_scored, cluster):
@@ -134,53 +101,42 @@ def upcoming(run, plan, step, load, n_scored, cluster):
         together = epoch_batches[first : first + plan["accumulate"]]
         index = torch.cat(together)
         if cluster is None and len(together) > 1:  # like lengths together: little padding
-            order = torch.from_numpy(length[index]).argsort(stable=True)
-            together = index[order].split(plan["batch_size"])
-        mine = [(i, 1.0) for i in range(run.rank, len(together), run.world)] or [(0, 0.0)]
-        loaded = [(i, share, load(together[i])) for i, share in mine]
-        yield int(n_scored[index].sum()), int(length[index].sum()), loaded
+            together = index[length[index].argsort(stable=True)].split(plan["batch_size"])
+        mine = [(1.0, batch) for batch in together[run.rank :: run.world]] or [(0.0, together[0])]
+        yield (int(n_scored[index].sum()), int(length[index].sum()),
+               [(share, load(batch)) for share, batch in mine])
         step += 1
 
 
-def ahead(items):
-    """`items`, each made in a thread while the one before it is in use."""
-    items = iter(items)
-    with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(next, items, None)
-        while (item := waiting.result()) is not None:
-            waiting = thread.submit(next, items, None)
-            yield item
-
-
-def fit(run, args, path, model, plan, load, n_scored, evaluate, cluster=None):
+def fit(run, path, model, plan, load, n_scored, evaluate, cluster=None):
     """Train `model`'s trainable parameters; best weights go to `path`, and are loaded at the end.
 
-    plan: JSON of everything that shapes the training; load(index) -> tokens, targets, statistics
-    and cluster as `losses` takes them; n_scored (N,), each example's scored tokens; evaluate() ->
-    what `score` returns for the validation split; cluster (N,): a batch comes from one of these.
+    plan: JSON of everything that shapes the training; load(index) -> parts of a batch, see
+    `in_parts`; n_scored (N,), each example's scored tokens; evaluate() -> what `score` returns for
+    the validation split; cluster (N,): a batch comes from one of these.
     """
-    if args.compile and not plan.get("trunk"):
-        for block in model.transformer.h:  # in place: keys stay, and all share one compilation
-            block.compile()
     state_path = path.with_suffix(".state.safetensors")
     last_path = path.with_suffix(".last.safetensors")
     name, total = f"{label(plan)}, seed {plan['seed']}", plan["steps"]
-    optimizer = torch.optim.AdamW(parameter_groups(model), betas=(0.9, 0.95),
-                                  fused=run.device.type in ("cpu", "cuda"))
+    whole = plan["method"] == "base"
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # A base decays its matrices; adapters are small and decay nothing.
+    groups = [{"params": [p for p in parameters if (p.dim() > 1) == wide],
+               "weight_decay": 0.1 if whole and wide else 0.0} for wide in (True, False)]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
+                                  betas=(0.9, 0.95), fused=run.device.type in ("cpu", "cuda"))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # float16 has no room for small gradients: losses are scaled up, gradients down again.
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    for group in optimizer.param_groups:
-        print(f"  {name}: {sum(p.numel() for p in group['params']):,} parameters, "
-              f"{group['name']}, weight decay {group['weight_decay']}")
+    print(f"  {name}: {sum(p.numel() for p in parameters):,} parameters")
     done = {"step": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}
     if state_path.exists():
         tensors, info = read_tensors(state_path)
         done = info["done"]
-        load_weights(model, under(tensors, "model."), state_path)
-        moments = {i: under(tensors, f"optimizer.{i}.") for i in range(len(parameters))}
+        load_weights(model, under("model.", tensors), state_path)
+        moments = {i: under(f"optimizer.{i}.", tensors) for i in range(len(parameters))}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        scaler.load_state_dict(info.get("scaler", {}))
+        scaler.load_state_dict(info["scaler"])
         print(f"  {name}: going on from step {done['step']} of {total}")
 
     def save(path, tensors, **info):
@@ -196,7 +152,7 @@ def fit(run, args, path, model, plan, load, n_scored, evaluate, cluster=None):
 
     objective = Objective(run, model)
     if run.world > 1:
-        objective = DistributedDataParallel(objective, forward_sync_buffers=False)
+        objective = DistributedDataParallel(objective, broadcast_buffers=False)
     training = {"method": label(plan), "seed": plan["seed"], "lr": plan["lr"],
                 "trunk": "shared" if plan.get("trunk") else "joint"}
     log = run.folder / "metrics.jsonl"
@@ -206,39 +162,28 @@ def fit(run, args, path, model, plan, load, n_scored, evaluate, cluster=None):
         write_text(log, "".join(json.dumps(record) + "\n" for record in kept))
     evaluate_at = {round(total * (i + 1) / plan["evaluations"]) for i in range(plan["evaluations"])}
     steps = upcoming(run, plan, done["step"], load, n_scored, cluster)
-    if run.device.type != "cpu":  # a CPU has nothing better to do meanwhile
-        steps = ahead(steps)
     bar = tqdm(total=total, initial=done["step"], desc=name, unit="step",
                disable=True if run.rank else None)
-    # torchrun stops its processes itself, and a file that is not written stays as it was.
-    one = interruptible() if run.world == 1 else nullcontext(lambda: False)
-    with one as stopped, bar:
-        started = time.perf_counter()
-        for n_step, n_read, mine in steps:
-            rate = learning_rate(done["step"], total, plan["lr"])
+    with bar:
+        started = saved = time.perf_counter()
+        for n_step, n_read, batches in steps:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = learning_rate(done["step"], total, plan["lr"])
             model.train()
-            for turn, (i, share, batch) in enumerate(mine):
-                # Dropout is drawn anew from here: nothing to save, and any process may do it.
-                torch.manual_seed((plan["seed"] * total + done["step"]) * plan["accumulate"] + i)
-                last = turn + 1 == len(mine)
+            parts = [(share, part) for share, batch in batches for part in batch]
+            for turn, (share, part) in enumerate(parts, 1):
+                last = turn == len(parts)
                 with nullcontext() if last or run.world == 1 else objective.no_sync():
-                    nll = objective(*batch)
                     # DistributedDataParallel takes the mean over processes: make it the sum.
-                    scaler.scale(nll * (share * run.world / n_step)).backward()
-                nll = nll.detach()  # what hangs on it may go before the next batch comes
+                    nll = objective(*part) * (share * run.world / n_step)
+                    scaler.scale(nll).backward()
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             done["step"] += 1
             done["tokens"] += n_read
-            if done["step"] % 10 == 0:  # reading the loss waits for the device
-                loss = nll.item() / int((batch[1] != IGNORE).sum())
-                seconds = done["seconds"] + time.perf_counter() - started
-                bar.set_postfix_str(f"loss {loss:.3f}, {done['tokens'] / seconds:,.0f} tokens/s")
             bar.update()
             if done["step"] in evaluate_at:
                 wait(run.device)
@@ -259,29 +204,19 @@ def fit(run, args, path, model, plan, load, n_scored, evaluate, cluster=None):
                     done["best"] = result["loss"]
                     save(path, weights(model))
                 save_state()
-                started = time.perf_counter()
-            if stopped() and done["step"] < total:
+                started = saved = time.perf_counter()
+            elif time.perf_counter() - saved > 60:
                 done["seconds"] += time.perf_counter() - started
                 save_state()
-                raise KeyboardInterrupt
+                started = saved = time.perf_counter()
     save(last_path, weights(model))
-    speed = done["tokens"] / done["seconds"] / run.world
-    scored = n_scored.sum() / run.examples["train"].length.sum()  # the others need no logits
-    share = speed * flops_per_token(model, scored) / matrix_rate(run.device, run.dtype)
-    print(f"  {name}: {speed * run.world:,.0f} tokens/s, {share:.0%} of the rate of a large matrix "
-          f"product here" + " in each process" * (run.world > 1))
+    print(f"  {name}: {done['tokens'] / done['seconds']:,.0f} tokens/s")
     if run.rank == 0:
         state_path.unlink()
     if run.world > 1:
         dist.barrier()
-    if stopped():
-        raise KeyboardInterrupt
     load_weights(model, read_tensors(path)[0], path)
     return done["best"]
-
-
-def under(tensors, prefix):
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def is_finished(path, plan, resume):
@@ -311,10 +246,9 @@ def plan_steps(n_examples, batch_size, epochs, args):
 
 def shuffled(n_examples, batch_size, seed, epoch, cluster=None):
     """Batches of one epoch, the same for the same seed and epoch: nothing to save for resuming."""
-    generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + epoch)
     if cluster is None:
         cluster = torch.zeros(n_examples, dtype=torch.int64)
-    return cluster_batches(cluster, batch_size, generator)
+    return cluster_batches(cluster, batch_size, generator(seed, epoch))
 
 
 # -------------------------------------------------------------------------------- base, adapters
@@ -324,7 +258,7 @@ def base_plan(run, args, config):
     """Everything that shapes the base's training, as its file will remember it."""
     return {
         "method": "base", "seed": 0, "lr": args.base_lr, "batch_size": args.base_batch_size,
-        "tokenizer": run.tokenizer.fingerprint, "config": asdict(config),
+        "tokenizer": fingerprint(run.tokenizer), "config": asdict(config),
         **plan_steps(len(run.examples["train"]), args.base_batch_size, args.base_epochs, args),
     }
 
@@ -334,11 +268,12 @@ def train_base(run, args, plan):
     train, validation = run.examples["train"], run.examples["validation"]
     torch.manual_seed(0)
     model = GPT(GPTConfig(**plan["config"])).to(run.device)
-    best = fit(run, args, run.folder / "base.safetensors", model, plan,
-               lambda index: train.batch(index, whole=True), train.length - 1,
-               lambda: score(run, model, validation, args.batch_size, whole=True))
-    n_bytes = scored_bytes(validation, run.tokenizer.bytes_per_token(), whole=True)
-    bits = best * (validation.length - 1).sum() / math.log(2)
+    best = fit(run, run.folder / "base.safetensors", model, plan,
+               in_parts(run, model, train, whole=True), train.length - 1,
+               lambda: score(run, model, validation, whole=True))
+    sizes = run.tokenizer.bytes_per_token()
+    n_bytes = scored_bytes(replace(validation, prompt=torch.ones_like(validation.prompt)), sizes)
+    bits = best * float((validation.length - 1).sum()) / math.log(2)
     print(f"base: {bits / n_bytes:.4f} bits a byte on whole validation rows")
 
 
@@ -436,14 +371,16 @@ def train_adapter(run, args, method, seed, lr, path):
     keep_freed_memory()
     torch.manual_seed(seed)
     model = adapt(run.base, plan)
-    head, company, cluster = model.lm_head, None, None
-    if head.needs_statistics:
-        prompts = head.read(train.conditioned(plan), run.base.transformer.wte)
-        generator = torch.Generator().manual_seed(seed)
+    head, cluster, load = model.lm_head, None, in_parts(run, model, train)
+    if is_told(head):
+        means, count = prompt_means(train.seen(plan), run.base.transformer.wte.weight)
+    if is_told(head) or isinstance(head, CacheHead):
+        draw = torch.Generator().manual_seed(seed)
 
         def group():
-            with run.autocast:
-                found = head.fit_clusters(prompts, plan.get("clusters", 1), generator)
+            with torch.no_grad(), autocast(run.device, run.dtype):
+                found = (cluster_training(run, head, plan, means, count, draw) if is_told(head)
+                         else head.fit_clusters(train, plan.get("clusters", 1), draw))
             return found, {n: t.detach().to("cpu", copy=True) for n, t in weights(head).items()}
 
         settings = plan | {"lr": None}  # the rates of a grid start from one clustering
@@ -451,20 +388,32 @@ def train_adapter(run, args, method, seed, lr, path):
             run.grouped = settings, run.from_first(group)
         found, start = run.grouped[1]
         head.load_state_dict(start, strict=False)
-        company = Company(head, prompts, found, args.told, generator.manual_seed(seed))
-        cluster = company.cluster if head.clustered_batches and not args.told else None
-    held_out = held_out_company(run, model, validation, plan, plan.get("inference"), args.told)
+        company = Company(found, args.told, draw.manual_seed(seed))
+        by_cluster = method not in ("cache", "per-sample", "task-embedding") and not args.told
+        cluster = company.cluster if by_cluster else None
 
-    def load(index):
-        if company is None:
-            return train.batch(index)
-        if cluster is None:
-            return company.batch(train, index)
-        return *train.batch(index), *company.among(index)
+    def told(index):
+        """Statistics (B, C); the paper's is that of what of the cluster is in the batch."""
+        if by_cluster:
+            return cluster_statistics(means[index], count[index], cluster[index])
+        return known[index]
 
-    keep_freed_memory()  # clustering's blocks are of other sizes than a step's
-    fit(run, args, path, model, plan, load, train.length - train.prompt,
-        lambda: score(run, model, validation, args.batch_size, held_out), cluster)
+    def hear(index):
+        """The one part of a cache's batch; what is known of a cluster is what is in the batch."""
+        if not by_cluster:
+            return [company_batch(head, train, company, index)]
+        which = cluster[index].unique(return_inverse=True)[1]
+        rows, *heard = head.told(train, index, which, index, which)
+        return [(*train.batch(rows), *heard)]
+
+    if is_told(head):
+        known = None if by_cluster else table(head, means, count, company)
+        load = in_parts(run, model, train, told)
+    elif isinstance(head, CacheHead):
+        load = hear
+    theirs = held_out(run, model, validation, plan, control=args.told)
+    fit(run, path, model, plan, load, train.length - train.prompt,
+        lambda: score(run, model, validation, theirs), cluster)
 
 
 # ---------------------------------------------------------------------------------------- main
@@ -477,8 +426,9 @@ def main(argv=None):
     args, before = parse_train(argv)
     keep_freed_memory()
     device, why_device = choose_device(args.device)
-    rank, world, device = join_processes(device)
-    run = Run(Path(args.out), device, rank=rank, world=world)
+    run = Run(Path(args.out), device)
+    join_processes(run)
+    rank, world, device = run.rank, run.world, run.device
     run.dtype, why_dtype = run.from_first(lambda: choose_dtype(args.dtype, device))
     args.dtype = str(run.dtype).removeprefix("torch.")  # so that a resumed run computes as before
     print(f"device {device}: {why_device}; {args.dtype}: {why_dtype}; "
@@ -494,16 +444,16 @@ def main(argv=None):
     if trained and trained != base_path and (args.base in HUB_BASES or trained.is_dir()):
         with run.first_goes_ahead():
             published = load_gpt2(
-                find_gpt2(args.base, args.data_dir), args.block_size, args.dropout)
+                trained if trained.is_dir() else find_gpt2(args.base, args.data_dir))
         config, args.tokenizer = published.config, "gpt2"
     elif args.base != "scratch":
         if not has_finished(trained):
             raise UserError(f"--base {trained}: not a base.safetensors whose training has finished")
-        config = GPTConfig(**read_plan(trained, "base")[1]["config"])
+        config = config_of(read_plan(trained, "base")[1])
     else:
         why_size = "asked for" if args.size else f"the default on {device.type}"
         args.size = args.size or ("small" if device.type == "cuda" else "nano")
-        config = GPTConfig(**SIZES[args.size], dropout=args.dropout)
+        config = GPTConfig(**SIZES[args.size])
         config.block_size = args.block_size or config.block_size
     args.block_size = args.block_size or config.block_size
     if args.block_size > config.block_size:
@@ -523,7 +473,7 @@ def main(argv=None):
         if args.tokenizer == "gpt2":
             return {"name": "gpt2"}
         texts = (document.prompt + document.text for document in corpus.documents("train"))
-        return Tokenizer.train(texts, args.vocab_size).spec
+        return Tokenizer.learn(texts, args.vocab_size).spec
 
     run.tokenizer = Tokenizer(run.from_first(tokenizer_spec))
     if published and config.vocab_size != run.tokenizer.vocab_size:
@@ -532,18 +482,16 @@ def main(argv=None):
     config.vocab_size = run.tokenizer.vocab_size
     if args.base != "scratch":  # config.json tells what the base has
         args.tokenizer, args.vocab_size = run.tokenizer.spec["name"], config.vocab_size
-        args.dropout = config.dropout
-    with run.first_goes_ahead():
-        run.examples = load_examples(corpus, run.tokenizer, args.block_size, folder / "cache")
-    for split, table in run.examples.items():
-        print(f"{split}: {len(table):,} examples, {table.length.sum():,} tokens, "
-              f"{(table.length - table.prompt).sum():,} of them scored")
+    run.examples = load_examples(corpus, run.tokenizer, args.block_size)
+    for split, rows in run.examples.items():
+        print(f"{split}: {len(rows):,} examples, {rows.length.sum():,} tokens, "
+              f"{(rows.length - rows.prompt).sum():,} of them scored")
     methods = [method for method in args.methods if method != "frozen"]
     if trained:
         run.base = (published.to(device).requires_grad_(False) if published
                     else load_base(trained, device, run.tokenizer))
         print(f"base: {trained}, trained before: {config.n_layer} layers of width {config.n_embd}, "
-              f"vocabulary {config.vocab_size:,}, dropout {config.dropout:g}")
+              f"vocabulary {config.vocab_size:,}")
         if args.trunk == "shared":
             share_trunk(run)
         for method in methods:
@@ -569,7 +517,7 @@ def main(argv=None):
 
     try:
         if rank == 0:
-            run.tokenizer.save(folder / "tokenizer.json")
+            write_json(folder / "tokenizer.json", run.tokenizer.spec)
             settings = {k: v for k, v in vars(args).items() if k not in OF_A_CALL}
             write_json(folder / "config.json", {
                 "args": settings, "data": corpus.fingerprint,
@@ -581,7 +529,7 @@ def main(argv=None):
             for suffix in (".safetensors", ".last.safetensors"):
                 if published:
                     tensors = dict(run.base.named_parameters())
-                    info = {"plan": {"method": "base", "tokenizer": run.tokenizer.fingerprint,
+                    info = {"plan": {"method": "base", "tokenizer": fingerprint(run.tokenizer),
                                      "config": asdict(config)}}
                 else:
                     tensors, info = read_tensors(trained.with_suffix(suffix))
@@ -590,10 +538,6 @@ def main(argv=None):
             lr = choose_rate(run, args, method)
             for seed in args.seeds:
                 train_adapter(run, args, method, seed, lr, place_of(run, args, method, seed))
-    except KeyboardInterrupt:
-        print(f"stopped; go on with: python -m lab.run train --resume --out {folder}",
-              file=sys.stderr)
-        sys.exit(130)
     finally:
         if world > 1:
             dist.destroy_process_group()

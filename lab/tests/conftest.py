@@ -6,7 +6,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: two pro
 import pytest
 from hypothesis import settings
 
+import torch
+
+from hypernet import prompt_means
 from lab import flags, model
+from lab.cache import CacheHead
+from lab.data import Examples
+from lab.scoring import cluster_training, company_batch, is_told
 
 settings.register_profile("steady", deadline=None)  # machines differ and are shared
 settings.load_profile("steady")
@@ -47,11 +53,40 @@ def with_base(arguments, path):
     return [*kept, "--base", str(path)]
 
 
+def rows_of(tokens, start, length, prompt, article, **more):
+    """`Examples` of arrays or lists."""
+    columns = (torch.as_tensor(column) for column in (tokens, start, length, prompt, article))
+    return Examples(*columns, **more)
+
+
+def fitted(run, model, plan, examples):
+    """Have a head cluster `examples`, as if they were its training's."""
+    draw = torch.Generator().manual_seed(0)
+    if is_told(model.lm_head):
+        means, count = prompt_means(examples.seen(plan), run.base.transformer.wte.weight)
+        with torch.no_grad():
+            cluster_training(run, model.lm_head, plan, means, count, draw)
+    elif isinstance(model.lm_head, CacheHead):
+        model.lm_head.fit_clusters(examples, plan["clusters"], draw)
+
+
+@torch.no_grad()
+def all_logits(model, examples, told):
+    """What a model says at every place of every row (N, T, V), told what `held_out` has found."""
+    index = torch.arange(len(examples))
+    if not isinstance(model.lm_head, CacheHead):
+        return model(examples.batch(index)[0], told and told.table)
+    inputs, _, *heard = company_batch(model.lm_head, examples, told.company, index)
+    hidden = model.hidden(inputs)
+    log_p = model.lm_head(hidden, *heard, torch.ones(hidden.shape[:2], dtype=torch.bool))
+    return log_p.view(*hidden.shape[:2], -1)[: len(index)]
+
+
 @pytest.fixture
 def arguments(corpus, tmp_path):
     """Command line of a small run that trains all three methods in about a second."""
     return [
         "--dataset", str(corpus), "--size", "tiny", "--vocab-size", "300", "--batch-size", "16",
         "--dtype", "float32", "--device", "cpu", "--base-epochs", "1", "--evaluations", "3",
-        "--dropout", "0.1", "--max-steps", "9", "--out", str(tmp_path / "run"),
+        "--max-steps", "9", "--out", str(tmp_path / "run"),
     ]

@@ -14,8 +14,8 @@ from lab.anatomy import FLAWS, SCORING, CachedRows, Laboratory, make_head, under
 from lab.common import Run, n_trained
 from lab.data import IGNORE, Document, Tokenizer
 from common import UserError
-from lab.model import GPT, GPTConfig
-from lab.scoring import held_out_company, score, summed
+from lab.model import GPT, GPTConfig, HeadAlone
+from lab.scoring import held_out, score, summed
 from lab.tests.conftest import WORDS
 
 NONE, T = frozenset(), 16
@@ -29,13 +29,13 @@ class Lines:
         draw = random.Random(split)
         for i in range(4):
             lines = (" ".join(draw.choices(WORDS, k=draw.randrange(21))) for _ in range(12))
-            yield Document(str(i), "", "\n".join(lines))
+            yield Document(str(i), "\n".join(lines))
 
 
 @pytest.fixture
 def run():
     torch.manual_seed(0)
-    tokenizer = Tokenizer.train((" ".join(WORDS * 3) for _ in range(3)), 300)
+    tokenizer = Tokenizer.learn((" ".join(WORDS * 3) for _ in range(3)), 300)
     base = GPT(GPTConfig(T, tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=8)).eval()
     for p in base.requires_grad_(False).parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -81,8 +81,8 @@ def test_a_row_is_a_line_cut_or_padded_and_padding_moves_no_real_state(run, lab)
 
 
 def test_an_instruction_is_one_row_whose_response_is_scored(run):
-    documents = [Document("", "river\nstone\n\n", "cloud"), Document("", "river " * 40, "house"),
-                 Document("", "apple\n\n", "green\nseven")]
+    documents = [Document("", "cloud", "river\nstone\n\n"), Document("", "house", "river " * 40),
+                 Document("", "green\nseven", "apple\n\n")]
     padded, rows = anatomy.short_rows(documents, run.tokenizer, T, 10)
     assert len(padded) == 2  # a prompt that fills the row leaves nothing to score
     encode, end = run.tokenizer.encode, run.tokenizer.end
@@ -113,10 +113,10 @@ def test_what_is_scored_equals_a_slow_loop(lab):
 @pytest.mark.parametrize("arm", ["lora", "chameleon"])
 def test_the_honest_rule_is_the_projects_own(run, lab, arm):
     run.base.lm_head = head = random_head(run, arm)
-    plan = {"cluster_size": ARGS["batch_size"], "seed": 3}
+    plan = {"method": arm, "cluster_size": ARGS["batch_size"], "seed": 3}
     rows = lab.rows["validation"]
-    company = held_out_company(run, run.base, rows, plan, "fit")
-    wanted = summed(*score(run, run.base, rows, 7, company))["loss"]  # the transformer runs again
+    told = held_out(run, run.base, rows, plan, "fit")
+    wanted = summed(*score(run, run.base, rows, told))["loss"]  # the transformer runs again
     assert lab.score(head, frozenset({"head only"}), 3) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -125,17 +125,16 @@ def test_the_honest_rule_is_the_projects_own(run, lab, arm):
 def test_scores_under_flaws_equal_a_slow_loop(run, lab, flaws):
     head, flaws = random_head(run, "chameleon"), flaws | {"head only"}
     seen = lab.see("validation", flaws)
-    tokens, wte = torch.from_numpy(seen.tokens).view(-1, T), run.base.transformer.wte.weight
+    tokens, wte = seen.tokens.view(-1, T), run.base.transformer.wte.weight
     used = seen.length if "statistics" in flaws else seen.prompt
-    head.scope = anatomy.scope(flaws)
-    k = round(len(seen) / ARGS["batch_size"])
-    cluster = head.group(head.read(seen, run.base.transformer.wte), k,
-                         torch.Generator().manual_seed(0))
+    plan = {"method": "chameleon", "cluster_size": ARGS["batch_size"], "seed": 0,
+            "stat_scope": anatomy.scope(flaws)}
+    cluster = held_out(run, HeadAlone(run.base.config, head), seen, plan, "fit").cluster
     total = n = 0
     for i in range(len(seen)):
         mates = [j for j in range(len(seen)) if cluster[j] == cluster[i]]
         statistic = torch.cat([wte[tokens[j, : used[j]]] for j in mates]).mean(dim=0)
-        logits = head(run.base.hidden(tokens[i : i + 1]), head.updates(statistic[None]))[0]
+        logits = head(run.base.hidden(tokens[i : i + 1]), statistic[None])[0]
         total += F.cross_entropy(logits, seen.targets[i], ignore_index=IGNORE, reduction="sum")
         n += (seen.targets[i] != IGNORE).sum()
     assert lab.score(head, flaws, 0) == pytest.approx(float(total / n), rel=1e-4)
@@ -225,6 +224,6 @@ def test_what_cannot_be_dissected_is_told_in_one_line(tiny_run, run, tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         eval.main([str(tmp_path / "nothing"), "--anatomy"])
     with pytest.raises(UserError, match="no line") as error:
-        anatomy.short_rows([Document("", "", "a\nb\n\n")], run.tokenizer, T, 10)
+        anatomy.short_rows([Document("", "a\nb\n\n")], run.tokenizer, T, 10)
     assert "\n" not in str(error.value)
     assert issubclass(CachedRows, anatomy.Examples)

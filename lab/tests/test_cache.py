@@ -5,12 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from lab import cache
-from lab.cache import NEVER, CacheHead, CompanyCacheHead, diffuse
+from lab import cache, scoring
+from lab.cache import NEVER, CacheHead, CompanyCacheHead, diffuse, generate, losses
 from lab.common import Run, adapt
-from lab.data import IGNORE, Examples
-from lab.model import GPT, GPTConfig, LMHead, generate
-from lab.scoring import Company, held_out_company, linear_cross_entropy, losses, score
+from lab.data import IGNORE
+from lab.model import GPT, GPTConfig
+from lab.scoring import Company, Told, company_batch, held_out, score
+from lab.tests.conftest import all_logits, rows_of
+from lab.turns import linear_cross_entropy
+from model import LMHead
 
 V, C = 12, 5
 
@@ -19,7 +22,7 @@ def examples_of(lengths, prompts, seed=0):
     lengths = np.array(lengths)
     tokens = np.random.default_rng(seed).integers(0, V, lengths.sum())
     start = np.cumsum(lengths) - lengths
-    return Examples(tokens, start, lengths, np.array(prompts), np.arange(len(lengths)))
+    return rows_of(tokens, start, lengths, prompts, np.arange(len(lengths)))
 
 
 EXAMPLES = examples_of([14, 9, 14, 5, 11, 2], [4, 3, 6, 1, 2, 1])
@@ -42,8 +45,14 @@ def model_of(head):
     torch.manual_seed(1)
     states = torch.nn.Embedding(V, C)
     model = torch.nn.Module()
-    model.lm_head, model.hidden = head, lambda tokens, soft=None: states(tokens)
+    model.lm_head, model.hidden = head, states
     return model
+
+
+def everywhere(head, hidden, statistics, knows):
+    """Log-probabilities (B, T, V) of all places."""
+    wanted = torch.ones(hidden.shape[:2], dtype=torch.bool)
+    return head(hidden, statistics, knows, wanted).view(*hidden.shape[:2], -1)
 
 
 def test_parameters_are_loras_and_a_few():
@@ -70,7 +79,7 @@ def slow_loss(head, states, i, control=None):
                 if offset < limit:
                     likeness = head.log_t.exp() / math.sqrt(C) * (h @ states[mate[u - 1]])
                     remembered[j != i].append((mate[u], likeness))
-        logits = LMHead.forward(head, h[None, None], head.updates())[0, 0]
+        logits = LMHead.forward(head, h) + head.lora_B @ (head.scale * head.lora_A @ h)
         parts, gates = [logits.log_softmax(dim=0)[tokens[t]]], [h.new_zeros(())]
         for memory, said in enumerate(remembered):
             if said:
@@ -93,7 +102,7 @@ def test_the_loss_equals_remembering_one_token_at_a_time(scope, control, share, 
     head = head_of(scope)
     head.share.data = torch.tensor(share)
     model, index = model_of(head), torch.tensor([4, 1, 0, 5])
-    batch = Company(head, EXAMPLES, CLUSTER, control).batch(EXAMPLES, index)
+    batch = company_batch(head, EXAMPLES, Company(CLUSTER, control), index)
     rows = losses(model, *batch)[1]
     assert len(rows) == len(batch[0]) and torch.equal(rows[4:], torch.zeros(len(rows) - 4))
     states = model.hidden(torch.arange(V))
@@ -114,7 +123,7 @@ def test_sharp_memories_have_the_loss_and_the_gradients_of_float64(scope, togeth
     scores = head.log_t.exp() / math.sqrt(C) * states @ states.T
     assert scores.max() > 88 and (scores.amax(dim=1) - scores.amin(dim=1)).min() > 70
     trained = [p for p in head.parameters() if p is not head.weight]
-    batch = Company(head, EXAMPLES, CLUSTER).batch(EXAMPLES, torch.arange(6))
+    batch = company_batch(head, EXAMPLES, Company(CLUSTER), torch.arange(6))
     total, rows = losses(model, *batch)
     found = torch.autograd.grad(total, trained)
     exact = copy.deepcopy(head).double()
@@ -131,8 +140,8 @@ def test_log_probabilities_agree_with_the_loss_and_sum_to_one(together, monkeypa
     monkeypatch.setattr(cache, "TOGETHER", together)
     head = head_of()
     model, index = model_of(head), torch.arange(6)
-    inputs, targets, statistics, knows = Company(head, EXAMPLES, CLUSTER).batch(EXAMPLES, index)
-    log_p = head(model.hidden(inputs), head.updates(), knows, statistics)
+    inputs, targets, statistics, knows = company_batch(head, EXAMPLES, Company(CLUSTER), index)
+    log_p = everywhere(head, model.hidden(inputs), statistics, knows)
     torch.testing.assert_close(log_p.exp().sum(dim=2), torch.ones(log_p.shape[:2]))
     nll = -log_p.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0] * (targets != IGNORE)
     rows = losses(model, inputs, targets, statistics, knows)[1]
@@ -143,12 +152,12 @@ def test_log_probabilities_agree_with_the_loss_and_sum_to_one(together, monkeypa
 def test_what_is_not_known_has_no_say_whatever_it_is(together, monkeypatch):
     monkeypatch.setattr(cache, "TOGETHER", together)
     head, mine = head_of(), torch.tensor([0, 2, 4])
-    inputs, _, statistics, knows = Company(head, EXAMPLES, CLUSTER).batch(
-        EXAMPLES, torch.arange(6))
+    inputs, _, statistics, knows = company_batch(
+        head, EXAMPLES, Company(CLUSTER), torch.arange(6))
     hidden = model_of(head).hidden(inputs).detach()
-    before = head(hidden, head.updates(), knows, statistics)
+    before = everywhere(head, hidden, statistics, knows)
     hidden[1], hidden[0, -1] = math.nan, math.nan  # of another cluster, and the latest of this one
-    after = head(hidden, head.updates(), knows, statistics)
+    after = everywhere(head, hidden, statistics, knows)
     real = statistics[mine, :-1, 1] < NEVER
     assert torch.equal(before[mine, :-1][real], after[mine, :-1][real])
 
@@ -156,12 +165,12 @@ def test_what_is_not_known_has_no_say_whatever_it_is(together, monkeypatch):
 def test_the_gradients_are_those_of_the_log_probabilities():
     head = head_of()
     model = model_of(head)
-    batch = Company(head, EXAMPLES, CLUSTER).batch(EXAMPLES, torch.arange(6))
+    batch = company_batch(head, EXAMPLES, Company(CLUSTER), torch.arange(6))
     inputs, targets, statistics, knows = batch
     trained = [p for p in head.parameters() if p is not head.weight]
     found = torch.autograd.grad(losses(model, *batch)[0], trained)
     hidden = model.hidden(inputs)
-    log_p = head(hidden.detach(), head.updates(), knows, statistics)
+    log_p = everywhere(head, hidden.detach(), statistics, knows)
     nll = -log_p.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0]
     expected = torch.autograd.grad(nll[targets != IGNORE].sum(), trained)
     for a, b in zip(found, expected, strict=True):
@@ -172,7 +181,7 @@ def test_the_gradients_are_those_of_the_log_probabilities():
 def test_a_share_that_rounds_to_one_leaves_loss_and_gradients_finite(share):
     head = head_of()
     head.share.data.fill_(share)
-    batch = Company(head, EXAMPLES, CLUSTER).batch(EXAMPLES, torch.arange(6))
+    batch = company_batch(head, EXAMPLES, Company(CLUSTER), torch.arange(6))
     total, rows = losses(model_of(head), *batch)
     trained = [p for p in head.parameters() if p is not head.weight]
     assert rows.isfinite().all()
@@ -187,7 +196,7 @@ def test_what_memories_add_to_the_loss_pass_gradcheck():
     targets = torch.randint(V, (7,))
 
     def loss(hidden, weight, z, B, log_extra):
-        return linear_cross_entropy(hidden, weight, targets, [(z, B)], None, log_extra)[0]
+        return linear_cross_entropy(hidden, weight, targets, [(z, B)], log_extra)[0]
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, z, B, log_extra))
     p = (hidden @ weight.T + z @ B.T).softmax(dim=1)[torch.arange(7), targets]
@@ -196,7 +205,7 @@ def test_what_memories_add_to_the_loss_pass_gradcheck():
 
 
 @pytest.mark.parametrize("control", [None, "own prompt only", "shuffled", "other articles"])
-def test_scores_do_not_depend_on_the_batches(control):
+def test_scores_do_not_depend_on_the_batches(control, monkeypatch):
     torch.manual_seed(0)
     base = GPT(GPTConfig(block_size=13, vocab_size=V, n_layer=1, n_head=1, n_embd=8))
     plan = {"method": "company-cache", "rank": 2, "alpha": 4.0, "stat_scope": "running"}
@@ -205,26 +214,27 @@ def test_scores_do_not_depend_on_the_batches(control):
         torch.nn.init.normal_(p)
     run = Run(None, torch.device("cpu"), base=base)
     generator = torch.Generator().manual_seed(0)
-    article = np.array([0, 0, 1, 1, 2, 2])
-    company = Company(model.lm_head, EXAMPLES, CLUSTER, control, generator, article)
-    whole = score(run, model, EXAMPLES, 6, company)[0]
+    article = torch.tensor([0, 0, 1, 1, 2, 2])
+    told = Told(CLUSTER, Company(CLUSTER, control, generator, article))
+    whole = score(run, model, EXAMPLES, told)[0]
     for size in (1, 2, 4):
-        np.testing.assert_allclose(score(run, model, EXAMPLES, size, company)[0], whole, rtol=1e-5)
+        monkeypatch.setattr(scoring, "ROWS", size)
+        torch.testing.assert_close(score(run, model, EXAMPLES, told)[0], whole, rtol=1e-5, atol=0)
 
 
 def test_who_is_told_of_whom_under_each_control():
-    cluster, article = torch.zeros(6, dtype=torch.int64), np.array([0, 0, 1, 0, 1, 2])
+    cluster, article = torch.zeros(6, dtype=torch.int64), torch.tensor([0, 0, 1, 0, 1, 2])
     told = {"other articles": [[0, 2, 4, 5], [1, 2, 4, 5], [0, 1, 2, 3, 5], [2, 3, 4, 5],
                                [0, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5]],
             "no later rows": [[0, 2, 4, 5], [0, 1, 2, 4, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 5],
                               [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]],
             "own prompt only": [[i] for i in range(6)], None: [list(range(6))] * 6}
     for control, expected in told.items():
-        company = Company(head_of(), EXAMPLES, cluster, control, None, article)
+        company = Company(cluster, control, None, article)
         for i, mates in enumerate(expected):
             assert company.kept(torch.tensor([i]))[1].tolist() == mates
-    shuffled = Company(head_of(), EXAMPLES, torch.tensor([0, 5, 0, 5, 2, 2]), "shuffled",
-                       torch.Generator().manual_seed(0))  # clusters without members are none
+    shuffled = Company(torch.tensor([0, 5, 0, 5, 2, 2]), "shuffled",  # 3 and others have no member
+                       torch.Generator().manual_seed(0))
     groups = [shuffled.kept(torch.tensor([i]))[1].tolist() for i in range(6)]
     assert sorted(groups[:2] + groups[4:5]) == [[0, 2], [1, 3], [4, 5]]
     assert all(i not in mates for i, mates in enumerate(groups))
@@ -237,7 +247,7 @@ def test_topics_are_grouped(words, width, monkeypatch):
     for topic in draw.permutation(np.repeat(range(3), 10)):
         rows.append(topic * words + draw.integers(words, size=12 * words))
     tokens, column, n = np.concatenate(rows), np.arange(30), 12 * words
-    examples = Examples(tokens, n * column, np.full(30, n), np.full(30, 8 * words), column)
+    examples = rows_of(tokens, n * column, np.full(30, n), np.full(30, 8 * words), column)
     head = CompanyCacheHead(torch.zeros(3 * words, 8), 2, 4.0)
     cluster = head.fit_clusters(examples, 3, torch.Generator().manual_seed(0))
     topic = torch.from_numpy(tokens[::n] // words)
@@ -247,7 +257,7 @@ def test_topics_are_grouped(words, width, monkeypatch):
 def test_training_requests_are_clustered_among_those_at_hand():
     draw = np.random.default_rng(0)
     tokens, column = draw.integers(12, size=12 * 50), np.arange(50)
-    examples = Examples(tokens, 12 * column, np.full(50, 12), np.full(50, 8), column)
+    examples = rows_of(tokens, 12 * column, np.full(50, 12), np.full(50, 8), column)
     head = CompanyCacheHead(torch.zeros(12, 8), 2, 4.0, at_hand=20)
     cluster = head.fit_clusters(examples, 9, torch.Generator().manual_seed(0))
     parts = cluster.tensor_split(3)  # as even as can be: 17, 17, 16
@@ -271,9 +281,8 @@ def test_diffused_features_equal_a_slow_loop():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("context, seed", [(20, 0), (7, 135)])  # 135: the end of a row matters
-def test_decoding_in_step_equals_scoring_what_was_decoded(use_cache, context, seed):
+def test_decoding_in_step_equals_scoring_what_was_decoded(context, seed):
     torch.manual_seed(seed)
     base = GPT(GPTConfig(block_size=context, vocab_size=V, n_layer=1, n_head=1, n_embd=8)).eval()
     plan = {"method": "company-cache", "rank": 2, "alpha": 4.0, "stat_scope": "running"}
@@ -282,7 +291,7 @@ def test_decoding_in_step_equals_scoring_what_was_decoded(use_cache, context, se
         torch.nn.init.normal_(p, std=0.5)
     prompts, steps, stop = [[1, 2, 3, 4, 1], [2, 3], [5, 1, 2]], 6, 7
     knows = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
-    found = generate(model, prompts, steps, cluster=knows, stop_token=stop, use_cache=use_cache)
+    found = generate(model, prompts, steps, knows, stop_token=stop)
     rows = [list(prompt) for prompt in prompts]
 
     def goes_on(row):
@@ -291,13 +300,12 @@ def test_decoding_in_step_equals_scoring_what_was_decoded(use_cache, context, se
     for _ in range(steps):  # every step anew, from rows that end with a token yet to be predicted
         length = np.array([len(row) + goes_on(row) for row in rows])
         tokens = [token for row in rows for token in [*row, *[0] * goes_on(row)]]
-        examples = Examples(np.array(tokens), length.cumsum() - length, length,
-                            np.array([len(p) for p in prompts]), np.arange(3))
-        company = Company(model.lm_head, examples, torch.tensor([0, 0, 1]))
-        inputs, _, statistics, told = company.batch(examples, torch.arange(3))
-        assert torch.equal(told, knows)
-        with torch.no_grad():
-            log_p = model(inputs, statistics, told)
+        examples = rows_of(np.array(tokens), length.cumsum() - length, length,
+                           [len(p) for p in prompts], np.arange(3))
+        company = Company(torch.tensor([0, 0, 1]))
+        heard = company_batch(model.lm_head, examples, company, torch.arange(3))[3]
+        assert torch.equal(heard, knows)
+        log_p = all_logits(model, examples, Told(company.cluster, company))
         for row, p, n in zip(rows, log_p, length, strict=True):
             if goes_on(row):
                 row.append(int(p[n - 2].argmax()))
@@ -318,7 +326,7 @@ def test_decoding_knows_no_token_that_is_yet_to_come():
         torch.nn.init.normal_(model.lm_head.share_of)
         model.lm_head.share.data.fill_(2.0)  # nothing but memories
         knows = torch.ones(2, 2, dtype=torch.bool)
-        found[scope] = generate(model, [[7, 1, 2, 3], [4, 5]], 8, cluster=knows)
+        found[scope] = generate(model, [[7, 1, 2, 3], [4, 5]], 8, knows)
     assert found["running"] == found["full"]
 
 
@@ -332,19 +340,6 @@ def test_all_processes_draw_the_same_wrong_clusters():
     for rank in range(2):
         run = Run(None, torch.device("cpu"), base=base, rank=rank)
         run.from_first = lambda make, rank=rank: made[0] if rank else made.append(make()) or made[0]
-        company = held_out_company(run, model, EXAMPLES, plan, "fit", "shuffled")
+        company = held_out(run, model, EXAMPLES, plan, "fit", "shuffled").company
         drawn.append([members.tolist() for members in company.members])
     assert drawn[0] == drawn[1] and len(drawn[0]) == 4
-
-
-def test_decoding_in_16_bits_follows_the_same_memories():
-    torch.manual_seed(0)
-    base = GPT(GPTConfig(block_size=20, vocab_size=V, n_layer=1, n_head=1, n_embd=8)).eval()
-    model = adapt(base, {"method": "company-cache", "rank": 2, "alpha": 4.0,
-                         "stat_scope": "running"}).eval()
-    torch.nn.init.normal_(model.lm_head.share_of)
-    model.lm_head.share.data.fill_(2.0)  # nothing but memories
-    model.transformer.to(torch.bfloat16)
-    knows = torch.ones(2, 2, dtype=torch.bool)
-    found = generate(model, [[1, 2, 1, 2, 1], [3, 3, 3]], 4, cluster=knows)
-    assert {token for row in found for token in row} <= {1, 2, 3}

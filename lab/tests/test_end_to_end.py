@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,12 @@ import scipy.stats
 import torch
 
 from lab import eval, prompts, study, train
-from lab.cache import CompanyCacheHead
 from lab.common import label, load_adapter, open_corpus, open_run, share_trunk
-from lab.data import Examples, Tokenizer, load_examples
+from lab.data import Tokenizer, load_examples
 from common import UserError, read_tensors, write_tensors
-from lab.flags import ALONE, METHODS
-from lab.hypernet import ChameleonHead
-from lab.scoring import held_out_company, score, summed
-from lab.tests.conftest import with_base
+from lab.flags import ALONE, CONTROLS_OF, METHODS
+from lab.scoring import held_out, score, summed
+from lab.tests.conftest import rows_of, with_base
 
 
 @pytest.fixture
@@ -40,8 +39,8 @@ def test_a_run_leaves_what_the_readme_promises_and_scores_add_up(run, capsys):
     folder, _ = run
     entries = eval.main([str(folder)])
     names = {entry["name"] for entry in entries}
-    heads = {"chameleon": ChameleonHead, "company-cache": CompanyCacheHead}
-    controls = {f"{method}, {control}" for method in heads for control in heads[method].controls}
+    controls = {f"{method}, {control}" for method in ("chameleon", "company-cache")
+                for control in CONTROLS_OF[method]}
     assert names == {"frozen", "lora", "chameleon", "company-cache", *controls}
     assert len(entries) == 1 + 2 * (3 + len(controls))  # two seeds
 
@@ -210,14 +209,14 @@ def test_a_head_on_the_shared_trunk_scores_as_it_does_on_the_whole_transformer(r
                 "--methods", "chameleon"])
     opened, config = open_run(folder, torch.device("cpu"))
     corpus = open_corpus(arguments[1], "data", config)
-    opened.examples = load_examples(corpus, opened.tokenizer, 24, folder / "cache")
+    opened.examples = load_examples(corpus, opened.tokenizer, 24)
     share_trunk(opened)
     head, plan = load_adapter(opened, folder / "shared" / "chameleon-seed0.safetensors")
     rows = []
     for model, examples in ((head, opened.shared), (study.whole_model(opened, head),
                                                     opened.examples)):
-        company = held_out_company(opened, model, examples["test"], plan, "fit")
-        rows.append(score(opened, model, examples["test"], 8, company)[0])
+        told = held_out(opened, model, examples["test"], plan, "fit")
+        rows.append(score(opened, model, examples["test"], told)[0])
     np.testing.assert_allclose(*rows, rtol=1e-5)
 
 
@@ -232,8 +231,7 @@ def test_a_shared_trunk_that_cannot_be_is_told_in_one_line(arguments, tmp_path, 
 
 
 def test_intervals_are_students_and_a_bootstrap_over_articles():
-    examples = Examples(np.zeros(9), np.zeros(3), np.array([3, 3, 3]), np.ones(3, dtype=int),
-                        np.array([0, 0, 1]))
+    examples = rows_of(np.zeros(9), np.zeros(3), [3, 3, 3], np.ones(3, dtype=int), [0, 0, 1])
     losses, mine, theirs = {}, {}, {}
     for seed, d in enumerate((-0.1, -0.2, -0.3)):
         for name, shift, entries in (("a", d, mine), ("b", 0, theirs)):
@@ -253,8 +251,7 @@ def test_intervals_are_students_and_a_bootstrap_over_articles():
         ((0.4, 0.4), (4, 4)), ((0.4, 0.1), (4, 2)), ((0.1, 0.4), (2, 4)), ((0.1, 0.1), (2, 2)))]
     spread = eval.difference(mine, theirs, losses, examples)["articles"]
     assert spread == pytest.approx((min(ratios), max(ratios)))  # each of the four has a quarter
-    alone = Examples(*(getattr(examples, name) for name in ("tokens", "start", "length", "prompt")),
-                     np.zeros(3))
+    alone = replace(examples, kind=torch.zeros(3))
     assert eval.difference(mine, theirs, losses, alone)["articles"] == (-math.inf, math.inf)
     found = eval.difference(mine, theirs, losses, examples)
     later = [{seed + 1: entry for seed, entry in entries.items()} for entries in (mine, theirs)]
@@ -283,17 +280,14 @@ def test_a_base_of_another_run_is_taken_with_its_tokenizer(run, tmp_path):
     base, second = folder / "base.safetensors", str(tmp_path / "second")
     train.main([*with_base(arguments, base), "--methods", "lora", "--out", second])
     train.main([*with_base(arguments, base), "--methods", "lora", "--out", second, "--seeds", "2"])
-    settings = json.loads((tmp_path / "second" / "config.json").read_text())["args"]
-    assert settings["dropout"] == 0.1  # the base's, as its file says
     for name in ("tokenizer.json", "base.safetensors"):
         assert (tmp_path / "second" / name).read_bytes() == (folder / name).read_bytes()
     frozen, *others = eval.main([second])
     assert {e["seed"] for e in others if e["name"] == "lora"} == {0, 1, 2}
     opened, config = open_run(folder, torch.device("cpu"))
-    assert not opened.base.training  # its dropout is for its own training
-    rows = load_examples(open_corpus(arguments[1], "data", config), opened.tokenizer, 24,
-                         folder / "cache")["validation"]
-    assert summed(*score(opened, opened.base, rows, 64)).items() <= frozen["validation"].items()
+    rows = load_examples(open_corpus(arguments[1], "data", config), opened.tokenizer,
+                         24)["validation"]
+    assert summed(*score(opened, opened.base, rows)).items() <= frozen["validation"].items()
 
 
 def test_an_adapter_of_another_base_is_refused(run, tmp_path):
@@ -376,8 +370,8 @@ def test_instructions_are_scored_on_responses_and_asked_as_trained(
     entries = eval.main([str(folder)])
     assert {entry["test"]["n_tokens"] for entry in entries} != {0}
     asked = []
-    original = prompts.generate
-    monkeypatch.setattr(prompts, "generate", lambda model, given, *rest, **options:
+    original = prompts.core.generate
+    monkeypatch.setattr(prompts.core, "generate", lambda model, given, *rest, **options:
                         asked.extend(given) or original(model, given, *rest, **options))
     (tmp_path / "prompts.txt").write_text("say river\n")
     eval.main([str(folder), "--prompts", str(tmp_path / "prompts.txt")])

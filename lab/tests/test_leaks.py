@@ -7,10 +7,11 @@ import torch
 
 from lab import cache
 from lab.common import Run, adapt
-from lab.data import SPLITS, Corpus, Examples, Tokenizer, load_examples
+from lab.data import SPLITS, Corpus, Tokenizer, load_examples
 from lab.flags import CONTROLS, METHODS
 from lab.model import GPT, GPTConfig
-from lab.scoring import Company, held_out_company, score
+from lab.scoring import Company, Told, held_out, score
+from lab.tests.conftest import all_logits, fitted, rows_of
 
 V, T, N = 40, 16, 6
 PROMPT = np.array([4, 2, 3, 1, 4, 5])  # as many prompt tokens in each row: lengths differ
@@ -39,35 +40,31 @@ def trained(base, method, form="full", scope="prompt", examples=None):
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.3)
-    if model.lm_head.needs_statistics:
-        prompts = model.lm_head.read(examples, base.transformer.wte)
-        model.lm_head.fit_clusters(prompts, 2, torch.Generator().manual_seed(0))
+    fitted(run_of(base), model, plan, examples)
     return model, plan
 
 
 def table(tokens):
     """(N, T + 1) tokens as Examples."""
     rows = np.arange(N)
-    return Examples(tokens.reshape(-1), rows * (T + 1), np.full(N, T + 1), PROMPT.copy(), rows)
+    return rows_of(tokens.reshape(-1), rows * (T + 1), np.full(N, T + 1), PROMPT.copy(), rows)
 
 
-@torch.no_grad()
-def all_logits(base, model, plan, tokens, inference, control):
+def said(base, model, plan, tokens, inference, control):
     examples = table(tokens)
-    company = held_out_company(run_of(base), model, examples, plan, inference, control)
-    told = company.told(torch.arange(N)) if company else ()
-    return model(examples.batch(np.arange(N))[0], *told)[:N]
+    told = held_out(run_of(base), model, examples, plan, inference, control)
+    return all_logits(model, examples, told)
 
 
 def check_no_leak(method, form="full", scope="prompt", inference="fit", control=None):
     base, tokens = tiny_base(), np.random.default_rng(0).integers(0, V, (N, T + 1))
     model, plan = trained(base, method, form, scope, table(tokens))
-    before = all_logits(base, model, plan, tokens, inference, control)
+    before = said(base, model, plan, tokens, inference, control)
     for row in range(N):
         for place in range(PROMPT[row], T + 1):  # every token of the continuation
             changed = tokens.copy()
             changed[row, place] = (changed[row, place] + 1) % V
-            after = all_logits(base, model, plan, changed, inference, control)
+            after = said(base, model, plan, changed, inference, control)
             others = [i for i in range(N) if i != row]
             # logits[:, t] predict token t + 1: those of the changed token and of earlier ones
             assert torch.equal(before[row, :place], after[row, :place]), (row, place)
@@ -111,13 +108,13 @@ def test_the_running_scope_moves_only_logits_that_are_made_later(control, togeth
     monkeypatch.setattr(cache, "TOGETHER", together)
     base, tokens = tiny_base(), np.random.default_rng(0).integers(0, V, (N, T + 1))
     model, plan = trained(base, "company-cache", scope="running", examples=table(tokens))
-    before = all_logits(base, model, plan, tokens, "fit", control)
+    before = said(base, model, plan, tokens, "fit", control)
     mates = 0
     for row in range(N):
         for place in range(PROMPT[row], T + 1):
             changed = tokens.copy()
             changed[row, place] = (changed[row, place] + 1) % V
-            after = all_logits(base, model, plan, changed, "fit", control)
+            after = said(base, model, plan, changed, "fit", control)
             for other, end in enumerate(PROMPT - PROMPT[row] + place):  # as far as that step
                 assert torch.equal(before[other, : max(0, end)], after[other, : max(0, end)])
             others = [i for i in range(N) if i != row]
@@ -132,16 +129,15 @@ def test_without_later_rows_an_article_is_read_in_its_order():
     rows.article[:] = 7  # all of one article
 
     def losses():
-        prompts = model.lm_head.read(rows, base.transformer.wte)
-        company = Company(model.lm_head, prompts, torch.zeros(N, dtype=torch.int64),
-                          "no later rows", article=rows.article)
-        return score(run_of(base), model, rows, 2, company)[0]
+        cluster = torch.zeros(N, dtype=torch.int64)
+        company = Company(cluster, "no later rows", article=rows.article)
+        return score(run_of(base), model, rows, Told(cluster, company))[0]
 
     before = losses()
     for row in range(N):
         rows.tokens[row * (T + 1)] += 1  # of its prompt
         after = losses()
-        assert np.array_equal(before[:row], after[:row])
+        assert torch.equal(before[:row], after[:row])
         assert (before[row:] != after[row:]).all()
         before = after
 
@@ -151,9 +147,9 @@ def test_another_prompt_does_matter():
     base, tokens = tiny_base(), np.random.default_rng(0).integers(0, V, (N, T + 1))
     model, plan = trained(base, "chameleon", examples=table(tokens))
     plan["cluster_size"] = N  # one cluster: everybody is everybody's company
-    before = all_logits(base, model, plan, tokens, "fit", None)
+    before = said(base, model, plan, tokens, "fit", None)
     tokens[0, 0] = (tokens[0, 0] + 1) % V
-    after = all_logits(base, model, plan, tokens, "fit", None)
+    after = said(base, model, plan, tokens, "fit", None)
     assert all(not torch.equal(before[row], after[row]) for row in range(N))
 
 
@@ -171,15 +167,15 @@ def test_an_edited_word_moves_no_score_of_another_row(method, form, scope, tmp_p
 
     def losses():
         corpus = Corpus(str(folder), tmp_path)
-        tokenizer = Tokenizer.train((d.text for d in corpus.documents("train")), 300)
-        found = load_examples(corpus, tokenizer, T, tmp_path / "cache")["validation"]
+        tokenizer = Tokenizer.learn((d.text for d in corpus.documents("train")), 300)
+        found = load_examples(corpus, tokenizer, T)["validation"]
         torch.manual_seed(0)
         base = GPT(GPTConfig(T, tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=8)).eval()
         model, plan = trained(base, method, form, scope, found)
         plan["cluster_size"] = 5
-        company = held_out_company(run_of(base), model, found, plan, "fit")
-        rows, _ = found.rows(np.arange(len(found)))
-        return score(run_of(base), model, found, 4, company)[0], rows, found.prompt
+        told = held_out(run_of(base), model, found, plan, "fit")
+        rows, _ = found.read(torch.arange(len(found)))
+        return score(run_of(base), model, found, told)[0], rows, found.prompt
 
     before, rows, prompt = losses()
     text = (folder / "validation.txt").read_text()
@@ -196,12 +192,12 @@ def test_an_edited_word_moves_no_score_of_another_row(method, form, scope, tmp_p
                 break
     else:
         raise AssertionError("no edit fell inside one row's continuation: the test tests nothing")
-    others = np.arange(len(before)) != row
+    others = torch.arange(len(before)) != row
     assert before[row] != after[row]
     if method == "chameleon" and scope == "full":
         assert (before[others] != after[others]).any()
     else:
-        assert np.array_equal(before[others], after[others])
+        assert torch.equal(before[others], after[others])
 
 
 @pytest.mark.parametrize("condition", ["instruction", "instruction+input"])
@@ -213,9 +209,9 @@ def test_under_a_condition_statistics_and_clusters_do_not_see_the_input(conditio
     for _ in range(2):
         rows = table(tokens)
         rows.prompt[:] = T // 2  # of which the input is the second half
-        rows.instruction = np.full(N, T // 4)
-        company = held_out_company(run_of(base), model, rows, plan, "fit")
-        told.append((company.cluster, company.told(torch.arange(N))[0]))
+        rows.instruction = torch.full((N,), T // 4)
+        found = held_out(run_of(base), model, rows, plan, "fit")
+        told.append((found.cluster, found.table))
         tokens[:, T // 4 : T // 2] = (tokens[:, T // 4 : T // 2] + 1) % V
     (cluster, before), (again, after) = told
     same = torch.equal(cluster, again) and torch.equal(before, after)

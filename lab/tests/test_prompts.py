@@ -14,10 +14,10 @@ import torch
 
 from lab import eval, prompts, train
 from lab.common import adapter_path, load_adapter, open_run
-from lab.data import Corpus, encode, load_examples
+from lab.data import Corpus, load_examples
 from common import UserError, read_tensors, write_tensors
 from lab.prompts import adapt_to, rows_of, telling_words
-from lab.scoring import held_out_company, score
+from lab.scoring import held_out, score
 
 TEXTS = ["the river of stone and cloud", "winter sings quietly", "a river under green stone",
          "summer road walks over winter", "the house and the apple"]
@@ -104,12 +104,11 @@ def test_heads_that_hear_nobody_say_so(ask):
 
 def test_a_control_is_told_what_it_was_trained_on(folder):
     name = "chameleon-own prompt only"
-    _, (together, _) = adapted(folder, name, TEXTS, n_clusters=1)
-    assert len(together["statistics"]) == len(TEXTS)
+    _, (together, cluster) = adapted(folder, name, TEXTS, n_clusters=1)
+    assert len(cluster.unique()) == len(together) == len(TEXTS)
     for i, text in enumerate(TEXTS):
         _, (alone, _) = adapted(folder, name, [text])
-        told = together["statistics"][together["cluster"][i]]
-        assert torch.allclose(told, alone["statistics"][0])
+        assert torch.allclose(together[i], alone[0])
 
 
 def test_a_head_without_centroids_is_fitted_where_others_are_assigned(ask):
@@ -121,10 +120,9 @@ def test_a_head_without_centroids_is_fitted_where_others_are_assigned(ask):
 def test_otherwise_the_update_does_depend_on_batch_mates(folder):
     head, (first, _) = adapted(folder, "chameleon", TEXTS, n_clusters=1)
     _, (other, _) = adapted(folder, "chameleon", [TEXTS[0], *TEXTS[3:]], n_clusters=1)
-    found, changed = (told["statistics"][told["cluster"][0]] for told in (first, other))
+    found, changed = first[:1], other[:1]
     assert (found - changed).abs().max() > 0
-    assert not torch.allclose(head.lm_head.updates(found[None])[-1].B,
-                              head.lm_head.updates(changed[None])[-1].B)
+    assert not torch.allclose(head.lm_head.factors(found)[1], head.lm_head.factors(changed)[1])
 
 
 def test_one_prompt_alone_gets_the_statistic_of_its_nearest_training_cluster(folder):
@@ -132,19 +130,11 @@ def test_one_prompt_alone_gets_the_statistic_of_its_nearest_training_cluster(fol
     head = adapter.lm_head
     run, _ = open_run(folder, torch.device("cpu"))
     mean = run.base.transformer.wte.weight[run.tokenizer.encode(TEXTS[0])].mean(dim=0)
-    direction = torch.nn.functional.normalize(mean - head.center, dim=0)
-    nearest = (head.centroids - direction).square().sum(dim=1).argmin()
-    assert cluster.tolist() == [nearest] and told["cluster"].tolist() == [0]
-    expected = head.center + head.spread.square().sum().sqrt() * head.centroids[nearest]
-    torch.testing.assert_close(told["statistics"][0], expected)
-
-
-def test_the_stored_statistic_lies_where_the_training_clusters_do(folder):
-    """On average: an assigned prompt is told something of the size that the head was trained on."""
-    run, _ = open_run(folder, torch.device("cpu"))
-    head = load_adapter(run, adapter_path(run, "chameleon", 0))[0].lm_head
-    stored = head.centroids * head.spread.norm()
-    assert 0.1 < (stored / head.spread).square().mean() < 2  # standardised; a single prompt has 1
+    direction, *known = (torch.nn.functional.normalize(x - head.center, dim=0)
+                         for x in (mean, *head.clusters))
+    nearest = (torch.stack(known) - direction).square().sum(dim=1).argmin()
+    assert cluster.tolist() == [nearest]
+    assert torch.equal(told, head.clusters[nearest][None])
 
 
 def test_prompts_come_from_standard_input_and_a_person_can_read_the_answers(
@@ -195,7 +185,7 @@ def test_generations_are_scored_on_the_same_instructions_again_and_again(instruc
     assert [e["name"] for e in first] == ["frozen", "lora", "chameleon", "company-cache"]
     assert all(e["n"] == 3 and 0 <= e["bleu"] <= 100 and 0 <= e["rouge_l"] <= 100 for e in first)
     assert "| method | seed | BLEU | ROUGE-L |" in (instructed / "results.md").read_text()
-    eval.main([str(instructed), *options, "--batch-size", "2"])
+    eval.main([str(instructed), *options])
     assert json.loads((instructed / "results.json").read_text())["generations"] == first
     compare = prompts.text_metrics(SimpleNamespace(instructions=True), "some data")
     texts = ["the river runs down to the sea", "a stone lies still in the green grass"]
@@ -222,13 +212,12 @@ def test_of_a_prompt_a_condition_shows_what_it_showed_in_training(instructed, tm
     path = tmp_path / "records.json"
     path.write_text(json.dumps([{"instruction": text, "output": "a house"} for text in texts]))
     corpus, n = Corpus(str(path), tmp_path), 0
-    for split in ("train", "validation", "test"):
-        index = encode(corpus, split, run.tokenizer, tmp_path / "cache")[1][:-1]
+    for split, trained in load_examples(corpus, run.tokenizer, 64).items():
         prompts = [run.tokenizer.encode(document.prompt) for document in corpus.documents(split)]
         rows = rows_of(run, {"condition": "instruction"}, prompts)
-        assert rows.prompt.tolist() == index[:, 1].tolist()
-        assert rows.instruction.tolist() == index[:, 2].tolist()
-        n += len(index)
+        assert torch.equal(rows.prompt, trained.prompt)
+        assert torch.equal(rows.instruction, trained.instruction)
+        n += len(trained)
     assert n == len(texts) > 200
 
 
@@ -240,12 +229,12 @@ def test_a_sweep_without_noise_scores_as_eval_does_under_a_condition(instructed)
     swept = eval.main([str(instructed), "--sweep", "noise"])
     run, config = open_run(instructed, torch.device("cpu"))
     corpus = Corpus(config["args"]["dataset"], "data")
-    rows = load_examples(corpus, run.tokenizer, 24, instructed / "cache")["validation"]
+    rows = load_examples(corpus, run.tokenizer, 24)["validation"]
     model, plan = load_adapter(run, path)
-    nll, n = score(run, model, rows, 8, held_out_company(run, model, rows, plan, "fit"))
+    nll, n = score(run, model, rows, held_out(run, model, rows, plan, "fit"))
     order = np.random.default_rng(0).permutation(len(rows))[len(rows) // 2 :]
     clean = [r["loss"] for r in swept if (r["method"], r["x"]) == ("chameleon", 0.0)]
-    assert clean == pytest.approx(2 * [nll[order].sum() / n[order].sum()], rel=1e-6)
+    assert clean == pytest.approx(2 * [float(nll[order].sum() / n[order].sum())], rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------- README

@@ -6,21 +6,21 @@ import torch
 
 from lab import study
 from lab.common import Run, adapt
-from lab.data import Examples
 from lab.model import GPT, GPTConfig
-from lab.scoring import Company, held_out_company, score
+from lab.scoring import Company, Told, held_out, score
+from lab.tests.conftest import rows_of
 
 V, END = 12, 11
 # The last one's prompt leaves the model no room to write in.
 LENGTH, PROMPT = np.array([13, 9, 13, 5, 11, 14]), np.array([4, 3, 6, 1, 2, 13])
 ARTICLE = np.array([0, 0, 1, 1, 0, 2])
-ARGS = SimpleNamespace(seed=0, batch_size=4, temperature=1.0, top_k=5)
+ARGS = SimpleNamespace(seed=0, temperature=1.0, top_k=5)
 
 
 def examples_of(rows):
     length = np.array([len(row) for row in rows])
-    return Examples(np.concatenate(rows), length.cumsum() - length, length, PROMPT[: len(rows)],
-                    ARTICLE[: len(rows)])
+    return rows_of(np.concatenate(rows), length.cumsum() - length, length, PROMPT[: len(rows)],
+                   ARTICLE[: len(rows)])
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def asked():
 def slow_loss(asked, continuations, share, control):
     """Row after row: its own text is true, and that of the mates that are drawn is another."""
     run, model, plan, rows = asked
-    cluster = held_out_company(run, model, examples_of(rows), plan, "fit").cluster
+    cluster = held_out(run, model, examples_of(rows), plan, "fit").cluster
     other = torch.randperm(6, generator=torch.Generator().manual_seed(0)) < round(share * 6)
     total = 0
     for i in range(6):
@@ -50,11 +50,11 @@ def slow_loss(asked, continuations, share, control):
                  for j, (row, n, text) in enumerate(zip(rows, PROMPT, continuations, strict=True))]
         examples = examples_of(heard)
         chosen = torch.arange(6) == i
-        company = Company(model.lm_head, examples, cluster, control, None, ARTICLE)
-        nll, _ = score(run, model, examples, 6, company, chosen=chosen)
+        company = Company(cluster, control, None, examples.article)
+        nll, _ = score(run, model, examples, Told(cluster, company), chosen=chosen)
         assert not nll[~chosen].any()
         total += nll.sum()
-    return total / (LENGTH - PROMPT).sum()
+    return float(total) / (LENGTH - PROMPT).sum()
 
 
 def test_what_mates_are_heard_to_have_written_equals_a_slow_reference(asked, monkeypatch):
@@ -63,9 +63,9 @@ def test_what_mates_are_heard_to_have_written_equals_a_slow_reference(asked, mon
     texts = [draw.integers(END, size=n).tolist() for n in (3, 9, 6, 1, 0, 5)]
     room = LENGTH - PROMPT
 
-    def generate(model, prompts, most, cluster, stop_token, **options):
+    def generate(model, prompts, most, knows, stop_token, **options):
         places = [next(i for i in range(6) if rows[i][: PROMPT[i]].tolist() == p) for p in prompts]
-        assert cluster.shape == (len(prompts), len(prompts)) and cluster.all()
+        assert knows.shape == (len(prompts), len(prompts)) and knows.all()
         assert most == room[places].max() and stop_token == END and 5 not in places
         return [texts[i][:most] for i in places]
 
@@ -86,7 +86,7 @@ def test_what_mates_are_heard_to_have_written_equals_a_slow_reference(asked, mon
 def test_mates_who_write_what_is_true_are_as_good_as_true(asked, monkeypatch):
     run, model, plan, rows = asked
     true = {tuple(row[:n]): row[n:].tolist() for row, n in zip(rows, PROMPT, strict=True)}
-    monkeypatch.setattr(study, "generate", lambda model, prompts, most, **options: [
+    monkeypatch.setattr(study, "generate", lambda model, prompts, most, knows, **options: [
         true[tuple(prompt)] for prompt in prompts])
     examples = examples_of(rows[:5])  # all that can be written
     swept = list(study.sweep_written(run, model, plan, examples, ARGS))
