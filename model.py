@@ -149,7 +149,7 @@ class GPT(nn.Module):
 
         statistics (B, C) adapts the head, row by row. The logits at place t predict token t + 1.
         """
-        hidden = self.hidden(tokens, cache, position)[:, start:]
+        hidden = self.hidden(tokens, cache, position)[:, start:].contiguous()
         return self.lm_head(hidden, statistics)
 
 

@@ -15,12 +15,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import run_cli
-from lab.common import adapt, choose_device, keep_freed_memory, open_corpus, open_run
+from common import choose_device, keep_freed_memory, run_cli
+from lab.common import adapt, open_corpus, open_run
 from lab.data import load_examples
 from lab.eval import latency
 from lab.flags import COUNT, DEVICES, train_parser
-from lab.scoring import held_out_company
+from lab.scoring import held_out
 from lab.train import adapter_plan
 from train import Parser
 
@@ -36,19 +36,18 @@ def main():
     run, config = open_run(Path(args.run), choose_device(args.device)[0])
     settings = config["args"]
     corpus = open_corpus(settings["dataset"], settings["data_dir"], config)
-    run.examples = load_examples(corpus, run.tokenizer, settings["block_size"],
-                                 run.folder / "cache")
+    run.examples = load_examples(corpus, run.tokenizer, settings["block_size"])
     defaults = train_parser().parse_args([])
     defaults.accumulate = 1
     heads = {"frozen": (run.base, None)}
     for method in ("lora", "chameleon", "cache", "company-cache"):
         plan = adapter_plan(run, defaults, method, 0, 1e-3)
         model = adapt(run.base, plan).eval()
-        heads[method] = model, held_out_company(run, model, run.examples["test"], plan, "fit")
+        heads[method] = model, held_out(run, model, run.examples["test"], plan)
     times = {name: [] for name in heads}
     for _ in range(args.repeats):
-        for name, (model, company) in heads.items():
-            times[name].append(1e6 * latency(run, model, company))
+        for name, (model, told) in heads.items():
+            times[name].append(1e6 * latency(run, model, run.examples["test"], told))
     print(f"{settings['dataset']}, {run.device}, {settings['dtype']}, {torch.get_num_threads()} "
           f"threads, medians of {args.repeats}:", flush=True)
     for name, values in times.items():

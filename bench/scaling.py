@@ -15,7 +15,7 @@ from speed import adapted, autocast, our_loss, proc, training_step
 from common import write_json
 from lab.cluster import kmeans
 from lab.model import GPT, GPTConfig
-from lab.scoring import linear_cross_entropy
+from lab.turns import linear_cross_entropy
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -36,7 +36,7 @@ def scaling(b, out):
         hidden = torch.randn(n, 256, device=b.device, dtype=b.dtype, requires_grad=True)
         weight = torch.randn(V, 256, device=b.device)
         z = torch.randn(n, r, device=b.device, requires_grad=True)
-        B = torch.randn(1, V, r, device=b.device, requires_grad=True)
+        B = torch.randn(V, r, device=b.device, requires_grad=True)
         targets = torch.randint(V, (n,), device=b.device)
 
         def step():

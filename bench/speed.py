@@ -22,26 +22,27 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import UserError, write_json, write_text
+from common import (UserError, choose_device, choose_dtype, keep_freed_memory, write_json,
+                    write_text)
+from hypernet import cluster_statistics, features, prompt_means
 from lab.cluster import kmeans
-from lab.common import adapt, choose_device, choose_dtype, keep_freed_memory, matrix_rate, wait
-from lab.data import Corpus, Examples, Tokenizer, load_examples
-from lab.hypernet import ChameleonHead, Prompts, batch_statistics
-from lab.model import GPT, SIZES, GPTConfig, generate, merge_lora
-from lab.scoring import linear_cross_entropy, losses
+from lab.common import adapt, wait
+from lab.data import Corpus, Tokenizer, load_examples
+from lab.model import GPT, SIZES, GPTConfig
+from lab.turns import linear_cross_entropy
+from model import generate, merge_lora
+from train import losses
 
 PEERS = {"scikit-learn": "sklearn.cluster", "faiss-cpu": "faiss", "transformers": "transformers",
          "fast-pytorch-kmeans": "fast_pytorch_kmeans", "peft": "peft",
@@ -134,6 +135,20 @@ class Bench:
         print(text, flush=True)
         self.tables.append({"title": title, "seconds": seconds, "work": work, "unit": unit,
                             "floor": floor, "machine": self.machine, "markdown": text})
+
+
+def matrix_rate(device, dtype, repeats=5):
+    """Operations a second of a square matrix product, the best of a few: two per multiply-add."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    times = []
+    while len(times) <= repeats and sum(times) < 1:  # the first call counts where one takes long
+        wait(device)
+        start = time.perf_counter()
+        a @ a
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
 
 
 def show(seconds):
@@ -301,8 +316,8 @@ def step_work(c, B, T):
     return B * T * (4 * matrices + 3 * attention)
 
 
-def our_loss(tokens, targets, **company):
-    return lambda model: losses(model, tokens, targets, **company)[0] / targets.numel()
+def our_loss(tokens, targets, statistics=None):
+    return lambda model: losses(model, tokens, targets, statistics).sum() / targets.numel()
 
 
 def bench_step(b):
@@ -336,12 +351,11 @@ def bench_chameleon(b):
     for name in ("nano", "gpt2"):
         base, says = shape(b, name)
         B, T, tokens, targets = training_batch(b, base, name)
-        company = {"statistics": torch.randn(1, base.config.n_embd, device=b.device),
-                   "cluster": torch.zeros(B, dtype=torch.int64)}
+        statistics = torch.randn(1, base.config.n_embd).expand(B, -1)  # of one cluster
         contenders = {
             "LoRA": training_step(b, adapted(base, "lora"), our_loss(tokens, targets), b.dtype),
             "chameleon": training_step(b, adapted(base, "chameleon"),
-                                       our_loss(tokens, targets, **company), b.dtype)}
+                                       our_loss(tokens, targets, statistics), b.dtype)}
         b.table(f"chameleon step beside LoRA step: {says}, {B} x {T} tokens, {short(b.dtype)}",
                 "chameleon takes at most 1.05 times LoRA's time and memory", contenders,
                 unit="tokens/s", work=B * T, ops=step_work(base.config, B, T), memory=True)
@@ -353,7 +367,7 @@ def bench_head(b):
     given = {"hidden": torch.randn(n, C, device=b.device, dtype=b.dtype),
              "weight": 0.02 * torch.randn(V, C, device=b.device),
              "z": torch.randn(n, r, device=b.device),
-             "B": 0.02 * torch.randn(1, V, r, device=b.device)}
+             "B": 0.02 * torch.randn(V, r, device=b.device)}
     targets = torch.randint(V, (n,), device=b.device)
 
     def ours(_, hidden, weight, z=None, B=None):
@@ -363,7 +377,7 @@ def bench_head(b):
     def materialised(_, hidden, weight, z=None, B=None):
         logits = F.linear(hidden, weight)
         if z is not None:
-            logits = logits + F.linear(z, B[0])
+            logits = logits + F.linear(z, B)
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
     def liger(module, hidden, weight, **_):
@@ -416,14 +430,14 @@ def bench_prepare(b):
     wpe = torch.nn.Embedding(T, C, device=b.device).requires_grad_(False)
 
     def ours():
-        with tempfile.TemporaryDirectory() as cache:
-            examples = load_examples(Corpus(name, b.data_dir), tokenizer, T, cache)
-            prompts = Prompts(examples["train"], wte)
-            head = ChameleonHead(wte.weight, 4, 8.0, n_clusters=max(1, len(prompts.mean) // 32))
-            with autocast(b, b.dtype):
-                head.fit_clusters(prompts, len(head.centroids), torch.Generator().manual_seed(0))
-            says[True] = (f"all three splits; {len(prompts.mean):,} rows in "
-                            f"{len(head.centroids):,} clusters, k-means until it stops")
+        means, _ = prompt_means(load_examples(Corpus(name, b.data_dir), tokenizer, T)["train"],
+                                wte.weight)
+        K = max(1, len(means) // 32)
+        with autocast(b, b.dtype):
+            kmeans(features(means, means.mean(dim=0)).to(b.device), K,
+                   torch.Generator().manual_seed(0), dtype=b.dtype)
+        says[True] = (f"all three splits; {len(means):,} rows in {K:,} clusters, k-means until it "
+                      f"stops")
 
     def published():
         """One line of text at a time, whole rows of padding, a loop over clusters: estimated."""
@@ -490,31 +504,25 @@ def bench_decode(b):
             contenders[f"transformers, {short(dtype)}"] = why or partial(
                 huggingface(transformers, base).eval().to(dtype).generate, tokens,
                 attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False)
-        # An adapted model as a user runs it: merged, the transformer in the lower type.
         chameleon = adapted(base, "chameleon").eval()
         merge_lora(chameleon)
-        chameleon.transformer.to(b.dtype)
-        requests = Examples(tokens.cpu().numpy().ravel(), np.arange(B) * P, np.full(B, P),
-                            np.full(B, P), np.arange(B))
+        head, count = chameleon.lm_head, torch.full((B,), float(P))
 
-        def company(head=chameleon.lm_head, wte=chameleon.transformer.wte, requests=requests):
-            generator = torch.Generator().manual_seed(0)
-            prompts = head.read(requests, wte)
-            cluster = head.group(prompts, B // 4, generator)
-            statistics = batch_statistics(prompts.mean, prompts.count, cluster)
-            return {"statistics": statistics.to(b.device), "cluster": cluster.to(b.device)}
+        def statistics(head=head, wte=chameleon.transformer.wte.weight, tokens=tokens, count=count):
+            means = wte[tokens].mean(dim=1)  # (B, C)
+            points = features(means, head.center)
+            cluster = kmeans(points, B // 4, torch.Generator().manual_seed(0)).cluster
+            return cluster_statistics(means, count.to(b.device), cluster)
 
         @torch.no_grad()
-        def adaptation(head=chameleon.lm_head, company=company):
-            with autocast(b, b.dtype):
-                head.updates(company()["statistics"])
+        def adaptation(head=head, statistics=statistics):
+            head.factors(statistics())
 
-        def requested(model=chameleon, company=company, tokens=tokens):
-            with autocast(b, b.dtype):
-                generate(model, tokens.tolist(), new, **company())
+        def requested(model=chameleon, statistics=statistics, tokens=tokens):
+            generate(model, tokens.tolist(), new, statistics())
 
         whole = f"this project, chameleon, {B // 4} clusters"
-        part = "of that, clusters and updates"
+        part = "of that, clusters and updates, made once"
         contenders |= {whole: requested, part: adaptation}
         matrices, head = 12 * c.n_layer * c.n_embd**2, c.vocab_size * c.n_embd
         b.table(f"greedy decoding: {says}, {B} prompts of {P}, {new} new tokens each, "
