@@ -74,7 +74,28 @@ def losses(model, tokens, targets, statistics=None):
 
 def chunks(index, run, config):
     """Parts of index (B,) of so many rows that the logits of a part fit into memory."""
-    return index.split(max(1, LOGITS[run.device.type] // (config.block_size * config.vocab_size)))
+    size = max(1, LOGITS[run.device.type] // (config.block_size * config.vocab_size))
+    return index.split(size) if len(index) else ()
+
+
+def backward(run, model, rows, index, statistics, whole, scaler):
+    """Gradients of the mean loss over the scored tokens of the rows index (B,), chunk by chunk.
+
+    Each chunk's gradients are added to the others', and its logits are freed: what is kept of the
+    (B, T, V) logits is one chunk. Of several processes each takes its part of the rows.
+    """
+    config = getattr(model, "module", model).config  # DistributedDataParallel's is within it
+    n_scored = int((rows.length - (1 if whole else rows.prompt))[index].sum())
+    mine, share = torch.arange(len(index))[run.rank::run.world], run.world / n_scored
+    if not len(mine):  # fewer rows than processes: all must take part, this one for nothing
+        mine, share = torch.zeros(1, dtype=torch.int64), 0.0
+    parts = chunks(mine, run, config)
+    for part in parts:
+        told = None if statistics is None else statistics[part]
+        with nullcontext() if part is parts[-1] or run.world == 1 else model.no_sync():
+            with autocast(run.device, run.dtype):
+                nll = losses(model, *rows.batch(index[part], whole), told).sum()
+            scaler.scale(share * nll).backward()
 
 
 @torch.no_grad()
@@ -165,7 +186,7 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
         objective = DistributedDataParallel(model, broadcast_buffers=False)
     bar = tqdm(total=total, initial=done["step"], desc=name, unit="step",
                disable=True if run.rank else None)  # None: no bar where there is no terminal
-    epoch, started, saved = None, time.perf_counter(), time.perf_counter()
+    epoch, saved = None, time.perf_counter()
     for step in range(done["step"], total):
         if step // plan["steps_per_epoch"] != epoch:
             epoch = step // plan["steps_per_epoch"]
@@ -174,20 +195,10 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, plan["lr"])
 
-        # ---- one step: the mean loss over the scored tokens of the batch, chunk by chunk. Each
-        # chunk's gradients are added to the others', and its logits are freed.
+        # ---- one step
+        started = time.perf_counter()
         model.train()
-        n_scored = int((rows.length - (1 if whole else rows.prompt))[index].sum())
-        mine, told = index[run.rank::run.world], statistics(index)
-        told = None if told is None else told[run.rank::run.world]
-        parts = list(chunks(torch.arange(len(mine)), run, model.config))
-        for part in parts:
-            last = part is parts[-1]
-            with nullcontext() if last or run.world == 1 else objective.no_sync():
-                with autocast(run.device, run.dtype):
-                    nll = losses(objective, *rows.batch(mine[part], whole),
-                                 None if told is None else told[part]).sum()
-                scaler.scale(nll * run.world / n_scored).backward()
+        backward(run, objective, rows, index, statistics(index), whole, scaler)
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         scaler.step(optimizer)
@@ -195,11 +206,11 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
         optimizer.zero_grad()
         # ----
 
+        done["seconds"] += time.perf_counter() - started
         done["step"] += 1
         done["tokens"] += int(rows.length[index].sum())
         bar.update()
         if done["step"] in evaluate_after:
-            done["seconds"] += time.perf_counter() - started
             model.eval()
             nll, count = evaluate()
             loss = float(nll.sum() / count.sum())
@@ -215,12 +226,9 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
                           "tokens": done["tokens"], "loss": loss}
                 with open(log, "a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
+        if done["step"] in evaluate_after or time.perf_counter() - saved > 60:
             save_state()
-            started = saved = time.perf_counter()
-        elif time.perf_counter() - saved > 60:
-            done["seconds"] += time.perf_counter() - started
-            save_state()
-            started = saved = time.perf_counter()
+            saved = time.perf_counter()
     bar.close()
     if run.rank == 0:
         write_tensors(path, best, {"plan": plan, "done": done})

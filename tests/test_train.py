@@ -57,33 +57,49 @@ def test_losses_are_the_plain_ones_whatever_the_batch(gpt, method, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["base", *train.RATES])
-def test_a_step_in_chunks_has_the_plain_gradients(tmp_path, monkeypatch, method):
-    """In float64: gradients of chunks of one row add up to those of one plain loss."""
-    base, s = random_gpt(), torch.randn(len(ROWS), 16).double()
-    model = random_gpt().requires_grad_(True) if method == "base" else random_adapter(base, method)
-    index, seen = torch.arange(20), []
+@pytest.mark.parametrize("chunk", [1, 1 << 11, 1 << 30])
+def test_a_step_in_chunks_has_the_plain_gradients(monkeypatch, method, chunk):
+    """In float64: gradients of the chunks add up to those of one plain loss."""
+    base, s, index = random_gpt(), torch.randn(len(ROWS), 16).double(), torch.arange(20)
     whole = method == "base"
+    model = base.requires_grad_(True) if whole else random_adapter(base, method)
     parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def keep(given, limit):  # called once a step, when all gradients are there
-        seen.append([p.grad.clone() for p in given])
-
-    monkeypatch.setitem(train.LOGITS, "cpu", 1)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
-    plan = {"method": method, "seed": 0, "lr": 1e-9, "steps": 1, "steps_per_epoch": 1,
-            "evaluations": 1}
-    before = [p.detach().clone() for p in parameters]
-    fit(run_in(tmp_path), tmp_path / "a.safetensors", model, plan, ROWS, lambda epoch: [index],
-        lambda i: s[i], lambda: (torch.ones(1), torch.ones(1)))
-    with torch.no_grad():
-        for p, start in zip(parameters, before, strict=True):
-            p.copy_(start)
     tokens, targets = ROWS.batch(index, whole)
-    loss = F.cross_entropy(model(tokens, s[index]).flatten(0, 1), targets.flatten(),
-                           ignore_index=IGNORE)
-    loss.backward()
-    for p, found in zip(parameters, seen[0], strict=True):
-        assert torch.allclose(p.grad, found, rtol=1e-10, atol=1e-12)
+    F.cross_entropy(model(tokens, s[index]).flatten(0, 1), targets.flatten(),
+                    ignore_index=IGNORE).backward()
+    plain = [p.grad for p in parameters]
+    model.zero_grad()
+    monkeypatch.setitem(train.LOGITS, "cpu", chunk)
+    scaler = torch.amp.GradScaler(enabled=False)
+    train.backward(run_in("."), model, ROWS, index, s[index], whole, scaler)
+    for p, expected in zip(parameters, plain, strict=True):
+        assert torch.allclose(p.grad, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_peak_of_a_step_is_a_quarter_of_materialised_logits_at_most():
+    """At GPT-2's vocabulary, in processes of their own: 8 rows of 128 tokens."""
+    code = """
+import resource, sys, torch, train
+from data import IGNORE, Rows
+from model import GPT, GPTConfig
+torch.set_num_threads(1)
+model = GPT(GPTConfig(128, 50257, n_layer=1, n_head=1, n_embd=16))
+n = torch.arange(8)
+rows = Rows(torch.randint(50257, (8 * 129,)).int(), n * 129, n * 0 + 129, n * 0 + 32, n * 0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1] == "plain":
+    tokens, targets = rows.batch(n)
+    torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(),
+                                      ignore_index=IGNORE).backward()
+else:
+    run = train.Run(None, torch.device("cpu"))
+    train.backward(run, model, rows, n, None, False, torch.amp.GradScaler(enabled=False))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = {how: int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, check=True,
+                                     capture_output=True, text=True).stdout)
+             for how in ("plain", "chunks")}
+    assert grown["chunks"] < grown["plain"] / 4
 
 
 class BiasHead(LMHead):

@@ -378,6 +378,44 @@ def test_instructions_are_scored_on_responses_and_asked_as_trained(
     assert Tokenizer.load(folder / "tokenizer.json").decode(asked[0]) == "say river\n\n"
 
 
+def test_every_method_is_trained_and_scored_jointly_and_alone(arguments, tmp_path):
+    """Each kind of command that a page names, and bench/heads.py on the run that they leave."""
+    records = [{"instruction": f"say {word} {i} times", "input": "now" * (i % 2),
+                "output": f"{word} {word} {i}"}
+               for i, word in enumerate(["river", "stone", "apple", "road", "cloud"] * 16)]
+    (tmp_path / "tasks.json").write_text(json.dumps(records))
+    arguments = [*arguments, "--dataset", str(tmp_path / "tasks.json"), "--max-steps", "2",
+                 "--evaluations", "1", "--accumulate", "2", "--batch-size", "8"]
+    folder = train.main([*arguments, "--methods", ",".join(METHODS)])
+    train.main([*arguments, "--methods", "company-cache", "--at-hand", "20", "--seeds", "1"])
+    alone = [method for method in METHODS if method != "prompt-tuning"]
+    train.main([*arguments, "--trunk", "shared", "--methods", ",".join(alone)])
+    train.main([*arguments, "--trunk", "shared", "--methods", "chameleon", "--seeds", "1",
+                "--condition", "instruction", "--head-form", "light"])
+    found = {(e["trunk"], e["name"]) for e in eval.main([str(folder)])}
+    assert found >= {("joint", method) for method in METHODS}
+    assert found >= {("shared", method) for method in alone}
+    (tmp_path / "asked.txt").write_text("say river\nsay stone\n")
+    for method in METHODS:
+        new = eval.main([str(folder), "--prompts", str(tmp_path / "asked.txt"), "--method", method,
+                         "--max-new-tokens", "3"])
+        assert len(new) == 2
+    timed = subprocess.run(
+        [sys.executable, "bench/heads.py", str(folder), "--repeats", "1", "--device", "cpu"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert timed.returncode == 0 and "company-cache: " in timed.stdout
+
+
+@pytest.mark.parametrize("rows", ["kmeans,step,chameleon,head,decode", None])
+def test_the_bench_runs(rows, tmp_path):
+    asked = ["--only", rows] if rows else ["--scaling"]
+    done = subprocess.run(
+        [sys.executable, "bench/speed.py", "--quick", *asked, "--out", str(tmp_path)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / ("speed.md" if rows else "scaling.png")).exists()
+
+
 def in_the_laboratory(*arguments, cwd):
     """`python -m lab.run ARGUMENTS`, in a process of its own."""
     return subprocess.run([sys.executable, "-m", "lab.run", *arguments], cwd=cwd, text=True,
