@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -378,7 +379,8 @@ def test_instructions_are_scored_on_responses_and_asked_as_trained(
     assert Tokenizer.load(folder / "tokenizer.json").decode(asked[0]) == "say river\n\n"
 
 
-def test_every_method_is_trained_and_scored_jointly_and_alone(arguments, tmp_path):
+def test_every_method_is_trained_and_scored_jointly_and_alone(
+        arguments, tmp_path, monkeypatch, capsys):
     """Each kind of command that a page names, and bench/heads.py on the run that they leave."""
     records = [{"instruction": f"say {word} {i} times", "input": "now" * (i % 2),
                 "output": f"{word} {word} {i}"}
@@ -400,10 +402,10 @@ def test_every_method_is_trained_and_scored_jointly_and_alone(arguments, tmp_pat
         new = eval.main([str(folder), "--prompts", str(tmp_path / "asked.txt"), "--method", method,
                          "--max-new-tokens", "3"])
         assert len(new) == 2
-    timed = subprocess.run(
-        [sys.executable, "bench/heads.py", str(folder), "--repeats", "1", "--device", "cpu"],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert timed.returncode == 0 and "company-cache: " in timed.stdout
+    monkeypatch.setattr(sys, "argv", ["", str(folder), "--repeats", "1", "--device", "cpu"])
+    capsys.readouterr()
+    runpy.run_path(Path(__file__).parents[2] / "bench" / "heads.py", run_name="__main__")
+    assert "company-cache: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rows", ["kmeans,step,chameleon,head,decode", None])
