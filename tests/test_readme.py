@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,11 @@ def test_the_tables_are_those_of_results(folder):
     for name, (parameters, validation, test) in shown.items():
         if name != "method":
             assert [parameters, validation, test] == [whole[name][i] for i in (1, 3, 4)]
+
+
+def test_python_is_as_pyproject_says():
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert f"Python {wanted.removeprefix('>=')} or later" in README
 
 
 def test_readme_is_short():
