@@ -3,8 +3,8 @@
 ChameleonLLM groups the requests at hand by k-means on their token embeddings (arXiv 2502.04315).
 This is Lloyd's algorithm (1982) from k-means++ seeds (Arthur & Vassilvitskii 2007), on any device.
 Points are read in chunks, so that a table of N x K distances never exists. Departures from the
-published code: seeds are not just random points, the steps end when nothing changes, and batches
-are drawn anew in each epoch.
+published code: seeds are not just random points, the steps end when they gain next to nothing, and
+batches are drawn anew in each epoch.
 """
 
 import torch
@@ -25,7 +25,7 @@ def nearest(points, centroids):
         x = x - center  # (n, C)
         # |x - c|^2 = |x|^2 - 2 (x c - |c|^2 / 2), and |x|^2 is the same for every c.
         best = torch.addmm(-half, x, centroids.T).argmax(dim=1)  # (n, C) @ (C, K) -> (n, K) -> (n,)
-        cluster.append(best)
+        cluster.append(best)  # (n,)
         distance.append((x - centroids[best]).square().sum(dim=1))  # (n,)
     return torch.cat(cluster), torch.cat(distance)
 
@@ -39,7 +39,8 @@ def seeds(points, k, generator):
     """
     N, C = points.shape
     if C > SKETCH:
-        points = points @ torch.randn(C, SKETCH, generator=generator).to(points.device)  # (N, 64)
+        points = points @ torch.randn(C, SKETCH, generator=generator).to(points.device)
+        # (N, C) @ (C, 64) -> (N, 64)
     points = points - points.mean(dim=0)
     square = points.square().sum(dim=1)  # (N,)
     weight = torch.ones_like(square)  # the first is any point
@@ -98,16 +99,14 @@ def cluster_batches(cluster, batch_size, generator):
     cluster: (N,). Every row comes exactly once. What does not fill a batch at the end of a cluster
     is packed together, whole leftovers side by side.
     """
-    full, rest = [], []
-    ids = cluster.unique()
-    for k in ids[torch.randperm(len(ids), generator=generator)].tolist():
-        members = (cluster == k).nonzero()[:, 0]
-        members = members[torch.randperm(len(members), generator=generator)]
-        n = len(members) // batch_size * batch_size
-        full += members[:n].split(batch_size) if n else []
-        rest.append(members[n:])
-    leftovers = torch.cat(rest)
-    batches = full + list(leftovers.split(batch_size) if len(leftovers) else [])
+    order = torch.randperm(len(cluster), generator=generator)
+    parts = []
+    for k in cluster.unique():
+        parts += order[cluster[order] == k].split(batch_size)
+    parts = [parts[i] for i in torch.randperm(len(parts), generator=generator)]
+    full = [part for part in parts if len(part) == batch_size]
+    rest = [part for part in parts if len(part) < batch_size]
+    batches = full + list(torch.cat(rest).split(batch_size) if rest else ())
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 

@@ -1,7 +1,7 @@
 """Text or instructions in, rows of tokens out.
 
-A *document* is an article, a module's source, an instruction with its response. Each is tokenised
-on its own and cut into *rows*: a prompt, and a continuation that is scored.
+A *document* is an article, a module's source, a file, an instruction with its response. Each is
+tokenised on its own and cut into *rows*: a prompt, and a continuation that is scored.
 
     running text    consecutive rows of T + 1 tokens that share no token and never cross a
                     document's end; the first quarter of a row is its prompt
@@ -61,9 +61,9 @@ def standard_library(*patterns):
 
 def docstrings(source):
     """The nodes of a module's docstrings, of its classes and functions too."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    places = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
-        nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+        nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, places)]
     except (SyntaxError, ValueError):  # a few files are templates or samples, not modules
         nodes = []
     return [node.body[0] for node in nodes if ast.get_docstring(node, clean=False) is not None]
@@ -126,6 +126,8 @@ def read_records(path):
     for number, record in enumerate(records if isinstance(records, list) else [None], 1):
         fields = record if isinstance(record, dict) else {}
         given = [fields.get(name) or "" for name in ("instruction", "input", "output", "text")]
+        # Half of a surrogate pair, which JSON can spell, is no text: it becomes a question mark.
+        given = [v.encode(errors="replace").decode() if isinstance(v, str) else v for v in given]
         instruction, extra, output, plain = given
         known = "text" in fields or {"instruction", "output"} <= fields.keys()
         if not known or not all(isinstance(value, str) for value in given):
@@ -139,7 +141,7 @@ def read_records(path):
 
 
 def read_sections(path, name):
-    """Plain text, in sections of at most 64 kB that end where a line ends."""
+    """Plain text, in sections of about 64 kB, or a fortieth of it, that end where a line ends."""
     section, size, number = [], 0, 0
     text = read_text(path)
     for line in text.splitlines(keepends=True):
@@ -197,10 +199,14 @@ def read(name, data_dir):
     if path.is_dir() and {"validation", "test"} & {p.stem.lower() for p in paths}:
         raise UserError(f"{path}: a split is kept where train.txt, validation.txt and test.txt are "
                         f"all there; add what is missing, or rename the others to have all split")
-    documents = []
-    for p in paths:  # a key must not depend on where the folder lies
-        text = p.suffix.lower() == ".txt"
-        documents += read_sections(p, p.relative_to(root).as_posix()) if text else read_records(p)
+    documents, texts = [], [p for p in paths if p.suffix.lower() == ".txt"]
+    for p in paths:
+        if p not in texts:
+            documents += read_records(p)
+        elif len(texts) < 3:
+            documents += read_sections(p, p.relative_to(root).as_posix())
+        else:  # a file is a document; its key must not depend on where the folder lies
+            documents.append(Document(p.relative_to(root).as_posix(), read_text(p)))
     return documents
 
 
@@ -318,7 +324,7 @@ class Rows:
     start: torch.Tensor  # (N,)
     length: torch.Tensor  # (N,), from 2 to T + 1
     prompt: torch.Tensor  # (N,), from 1 to length - 1
-    kind: torch.Tensor  # (N,), which data set it is from, for the figure of the clusters alone
+    document: torch.Tensor  # (N,), the number of the document that it was cut from
 
     def __len__(self):
         return len(self.start)
@@ -352,8 +358,7 @@ def cut(documents, tokenizer, block_size):
     """Documents into `Rows` with T = block_size; says what of the instructions was left out."""
     pieces, rows, end, dropped, shortened = [], [], 0, 0, 0
     width = block_size + 1
-    for document, (prompt, text) in zip(documents, tokenizer.encode_documents(documents),
-                                        strict=True):
+    for number, (prompt, text) in enumerate(tokenizer.encode_documents(documents)):
         if prompt:  # a response says where it ends
             tokens = prompt + text + [tokenizer.end]
             dropped += len(prompt) >= width
@@ -363,12 +368,13 @@ def cut(documents, tokenizer, block_size):
             tokens = text
             lengths = [(first, n := min(len(tokens) - first, width), max(1, n // 4))
                        for first in range(0, len(tokens), width)]
-        rows += [(end + first, n, p, document.kind) for first, n, p in lengths if p < n]
+        rows += [(end + first, n, p, number) for first, n, p in lengths if p < n]
         pieces.append(np.array(tokens, dtype=np.int32))
         end += len(tokens)
     if dropped or shortened:
         print(f"{dropped} records left out, their prompt fills a row; {shortened} responses cut "
               f"off where a row ends")
     if not rows:
-        raise UserError("a split has no row to score; give more text, or raise --block-size")
+        raise UserError("a split has no row to score; give more text, or longer prompts more room "
+                        "by a larger --block-size")
     return Rows(torch.from_numpy(np.concatenate(pieces)), *torch.tensor(rows).T)

@@ -5,14 +5,14 @@
     python eval.py runs/python --prompts FILE --assign # answers that depend on no other line
 
 A chameleon's score depends on what each row is told of its cluster, so controls stand beside it:
-the same weights are told the row's own prompt, another cluster, or nothing (the training mean).
-What the right cluster gains over these is what conditioning is worth; the rest is a larger or a
-longer trained adapter. Every row of the table is scored on the same tokens.
+the same weights are told the row's own prompt, another cluster, nothing (the training mean), or
+their cluster without later rows of their own document. What the right cluster gains over these is
+what conditioning is worth; the rest is a larger or a longer trained adapter. Every line of the
+table is scored on the same tokens.
 """
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -22,10 +22,10 @@ from cluster import kmeans, nearest
 from common import (UserError, choose_device, choose_dtype, keep_freed_memory, read_text, run_cli,
                     write_json, write_text, whole_file)
 from data import IGNORE, RESPONSE, Tokenizer, cut, kinds, load_documents
-from hypernet import cluster_statistics, features, prompt_means
+from hypernet import cluster_means, cluster_statistics, features, prompt_means
 from model import generate, merge_lora
 from train import (RATES, Parser, Run, fingerprint, generator, held_out_clusters, load_adapter,
-                   load_base, n_trained, number, read_config, read_records, score)
+                   base_path, load_base, n_trained, number, read_config, read_records, score)
 
 # Okabe & Ito's palette: told apart by all kinds of colour vision.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -34,26 +34,34 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 # ------------------------------------------------------------------------------------- scoring
 
 
-def told(head, means, count, cluster, seed=0):
+def controls(head, means, count, cluster, document, seed):
     """What N rows may be told: a table (N, C) for each name. "" is the method, the rest controls.
 
-    means (N, C), count (N,) and cluster (N,) are those of the rows' prompts.
+    means (N, C), count (N,) and cluster (N,) are those of the rows' prompts; document (N,) is the
+    one that each was cut from, in order.
     """
     own = cluster_statistics(means, count, cluster)
-    ids, first = cluster.unique(return_inverse=True)
-    order = torch.randperm(len(ids), generator=generator(seed))
-    other = torch.empty_like(order).scatter_(0, order, order.roll(1))  # each cluster gets the next
-    where = torch.stack([(first == k).nonzero()[0, 0] for k in range(len(ids))])  # (K,), a row each
-    return {"": own,
-            "told own prompt": means,
-            "told another cluster": own[where[other[first]]],
-            "told nothing": head.center.cpu().expand_as(means)}
+    tables = {"": own, "told own prompt": means,
+              "told nothing": head.center.cpu().expand_as(means)}
+    ids, which = cluster.unique(return_inverse=True)  # (K,), (N,) from 0 to K - 1
+    if len(ids) > 1:  # each cluster is told the statistic of one other
+        order = torch.randperm(len(ids), generator=generator(seed))
+        other = torch.empty_like(order).scatter_(0, order, order.roll(1))  # (K,)
+        tables["told another cluster"] = cluster_means(means, count, which, len(ids))[other[which]]
+    # A later row of the same document is no token of the row's own, but its sequel.
+    place = torch.arange(len(means))
+    later = (document[:, None] == document) & (place > place[:, None])  # (N, N)
+    heard = (which[:, None] == which) & ~later  # (N, N), in row i, whom row i hears
+    weight = heard * count  # (N, N), and how many tokens of it
+    tables["told no later rows"] = weight @ means / weight.sum(dim=1, keepdim=True)  # (N, C)
+    return tables
 
 
 def score_run(run, config, tokenizer, splits):
-    """One entry for each adapter and control, for the table and results.json."""
-    base = load_base(config["base"], run.device)
-    mark, embedding, entries = fingerprint(base), base.transformer.wte.weight, []
+    """One entry for each adapter and control, for the table and results.json; and the features
+    (N, C) and clusters (N,) of the validation prompts, None without a chameleon."""
+    base = load_base(base_path(run.folder, config), run.device)
+    mark, embedding, entries, clusters = fingerprint(base), base.transformer.wte.weight, [], None
     sizes = tokenizer.bytes_per_token()
 
     def add(model, plan, control="", tables=None):
@@ -79,10 +87,14 @@ def score_run(run, config, tokenizer, splits):
         for split, rows in splits.items():
             means, count = prompt_means(rows, embedding)
             cluster = held_out_clusters(model.lm_head, means, plan)
-            tables[split] = told(model.lm_head, means, count, cluster, plan["seed"])
+            tables[split] = controls(model.lm_head, means, count, cluster, rows.document,
+                                     plan["seed"])
+            if split == "validation" and clusters is None:  # of the first seed, for the figure
+                clusters = features(means, model.lm_head.center.cpu()), cluster
         for control in tables["validation"]:
-            add(model, plan, control, tables)
-    return entries
+            if control in tables["test"]:
+                add(model, plan, control, tables)
+    return entries, clusters
 
 
 def scored_bytes(rows, sizes):
@@ -139,6 +151,8 @@ def draw_losses(records, frozen, path):
         if by_seed:
             shortest = min(map(len, by_seed.values()))
             curves[name] = torch.tensor([curve[:shortest] for curve in by_seed.values()])
+    if not curves:
+        return
     left.axhline(frozen, color="0.4", linestyle="--", label="frozen base")
     rival = next(iter(curves))  # lora, where it is there
     for i, (name, curve) in enumerate(curves.items()):
@@ -155,7 +169,8 @@ def draw_losses(records, frozen, path):
     for axes in (left, right):
         axes.set_xlabel("training tokens of the adapter (millions)")
         axes.grid(alpha=0.3)
-    left.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4,
+                  frameon=False)
     save(figure, path)
 
 
@@ -164,14 +179,15 @@ def draw_clusters(points, cluster, kind, names, path):
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     centered = points - points.mean(dim=0)
-    plane = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:2].T  # (N, C) -> (N, 2)
+    directions = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -2:]  # (C, C) -> (C, 2)
+    plane = centered @ directions  # (N, C) @ (C, 2) -> (N, 2)
     K = int(cluster.max()) + 1
     counts = torch.zeros(K, len(names)).index_put_(
         (cluster, kind), torch.ones(len(kind)), accumulate=True)  # (K, kinds)
     counts = counts[counts.argmax(dim=1).argsort(stable=True)]  # clusters of one kind side by side
     bottom = torch.zeros(K)
     for i, name in enumerate(names):
-        own = plane[kind == i]
+        own = plane[kind == i]  # (n, 2)
         left.scatter(own[:, 0], own[:, 1], s=6, color=COLOURS[i % 7], label=name)
         right.bar(torch.arange(K), counts[:, i], bottom=bottom, color=COLOURS[i % 7], label=name)
         bottom += counts[:, i]
@@ -179,7 +195,8 @@ def draw_clusters(points, cluster, kind, names, path):
     left.set(title="prompts, in their two widest directions", xticks=[], yticks=[])
     right.set(title=f"clusters: {pure:.0%} of the rows are of their cluster's main kind",
               xlabel="cluster", ylabel="rows")
-    left.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=7,
+                  frameon=False)
     save(figure, path)
 
 
@@ -199,11 +216,11 @@ def answer(run, config, tokenizer, args):
     --assign, or for a single line, the nearest training cluster's statistic is told instead, each
     line is continued by itself, and nothing depends on the others. Returns the new token ids.
     """
-    text = sys.stdin.read() if args.prompts == "-" else read_text(args.prompts)
+    text = read_text("/dev/stdin" if args.prompts == "-" else args.prompts)
     texts = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not texts:
         raise UserError(f"--prompts {args.prompts}: there is no prompt, one a line")
-    base = load_base(config["base"], run.device)
+    base = load_base(base_path(run.folder, config), run.device)
     end = RESPONSE if config["instructions"] else ""  # asked as the model was trained
     prompts = [tokenizer.encode(text + end) for text in texts]
     room = base.config.block_size
@@ -219,7 +236,8 @@ def answer(run, config, tokenizer, args):
             raise UserError(f"{path} does not exist; there is {there or 'no adapter'}")
         model, plan = load_adapter(base, fingerprint(base), path)
     merge_lora(model)
-    assign = args.assign or len(texts) == 1
+    # What is told nothing of a cluster depends on no other line either.
+    assign = args.assign or len(texts) == 1 or plan["method"] != "chameleon"
     cluster, statistics = torch.zeros(len(texts), dtype=torch.int64), None
     if plan["method"] == "chameleon":
         head, embedding = model.lm_head, base.transformer.wte.weight.cpu()
@@ -296,25 +314,22 @@ def main(argv=None):
                         f"made; put the old text back, or train again with another --out")
     splits = {split: cut(documents[split], tokenizer, asked["block_size"])
               for split in ("validation", "test")}
-    entries = score_run(run, config, tokenizer, splits)
+    entries, clusters = score_run(run, config, tokenizer, splits)
     table = make_table(entries)
-    note = (f"Adapters on {asked['dataset']}; the base is {config['base']}. Losses in nats per "
-            f"scored token, {entries[0]['validation']['n_tokens']:,} of validation and "
+    note = (f"Adapters on {asked['dataset']}; the base has read {config['read']}. Losses in nats "
+            f"per scored token, {entries[0]['validation']['n_tokens']:,} of validation and "
             f"{entries[0]['test']['n_tokens']:,} of test, the same for every line; ± is the "
             f"standard deviation over seeds. \"told ...\" are controls: the same weights, told "
             f"something else than their cluster.\n")
     write_text(run.folder / "results.md", table + "\n" + note)
     write_json(run.folder / "results.json", {"args": asked, "data": data, "entries": entries})
     print(f"\n{table}\n{note}")
-    if len(entries) > 1:
-        draw_losses(read_records(run.folder), entries[0]["validation"]["loss"],
-                    run.folder / "loss.png")
-    base = load_base(config["base"], "cpu")
-    means, _ = prompt_means(splits["validation"], base.transformer.wte.weight)
-    points = features(means, means.mean(dim=0))
-    k = max(1, round(len(means) / asked["cluster_size"]))
-    draw_clusters(points, kmeans(points, k, generator(0))[1], splits["validation"].kind,
-                  kinds(asked["dataset"]), run.folder / "clusters.png")
+    draw_losses(read_records(run.folder), entries[0]["validation"]["loss"],
+                run.folder / "loss.png")
+    if clusters:
+        of_document = torch.tensor([d.kind for d in documents["validation"]])
+        draw_clusters(*clusters, of_document[splits["validation"].document],
+                      kinds(asked["dataset"]), run.folder / "clusters.png")
     return entries
 
 

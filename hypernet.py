@@ -7,8 +7,8 @@ that mean into the factors of a LoRA update of the LM head, made for this cluste
     prompts -> means (N, C) -> clusters (N,) -> statistics (N, C) -> A (B, r, C), B (B, V, r)
             -> logits = W h + (alpha / rank) B A h
 
-A row carries its statistic: one vector (C,), the same for all rows of a cluster. What a row is told
-is a row of a table, so a control is another table, and nothing depends on the other rows in its
+A row carries its statistic: one vector (C,), the same for all rows of a cluster. What the rows are
+told is a table (N, C), so a control is another table, and no score depends on the other rows in a
 batch.
 
 Departures from the published code: the mean is taken over prompt tokens only, never over tokens to
@@ -72,8 +72,8 @@ class HyperNetwork(nn.Module):
     """C -> 64 -> 32 -> n_out with two ReLUs, as in the published code.
 
     64 C + 64 + 64 * 32 + 32 + 33 n_out parameters: the output layer is nearly all of them. Its
-    weights, which make the output depend on the statistic, start at zero and learn from the second
-    step on; its bias is `start` (n_out,), which is what an untrained network writes.
+    weights, which make the output depend on the statistic, start at zero; its bias is `start`
+    (n_out,), which is what an untrained network writes.
     """
 
     def __init__(self, n_in, start):
@@ -87,7 +87,7 @@ class HyperNetwork(nn.Module):
         self.layers[-1].bias.data.copy_(start)
 
     def forward(self, statistics):
-        return self.layers(statistics)  # (B, C) -> (B, n_out)
+        return self.layers(statistics)  # (B, C) -> (B, 64) -> (B, 32) -> (B, n_out)
 
 
 class ChameleonHead(LMHead):
@@ -121,7 +121,7 @@ class ChameleonHead(LMHead):
         s = (statistics - self.center) / self.spread.clamp(min=1e-6)  # (B, C)
         s = s.where(self.spread > 1e-6, 0)  # what never varied in training says nothing
         A, B = self.hypernetwork(s).split([self.rank * C, V * self.rank], dim=1)
-        return A.view(-1, self.rank, C), B.view(-1, V, self.rank)
+        return A.view(-1, self.rank, C), B.view(-1, V, self.rank)  # from (B, r C) and (B, V r)
 
     def forward(self, hidden, statistics):
         A, B = self.factors(statistics)

@@ -58,7 +58,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, position=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)  # 3 x (B, T, H, C/H)
+        qkv = self.c_attn(x)  # (B, T, C) @ (C, 3C) -> (B, T, 3C)
+        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, C/H) each
         mask = None
         if cache is not None:  # generation: k and v become those of all positions, room of them
             keys, values = cache  # (B, room, H, C/H) each
@@ -68,6 +69,7 @@ class Attention(nn.Module):
             place = torch.arange(k.shape[1], device=x.device)  # (room,)
             mask = (place <= position[:, :, None])[:, None]  # (B, 1, T, room)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T or room, C/H)
+        # (B, H, T, C/H) @ (B, H, C/H, T or room) @ (B, H, T or room, C/H) -> (B, H, T, C/H)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, C/H) -> (B, T, C)
 
@@ -79,7 +81,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (B, T, C) -> 4C -> C
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, C) @ (C, 4C) -> (B, T, 4C)
+        return self.c_proj(x)  # (B, T, 4C) @ (4C, C) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -213,8 +216,7 @@ def lora_factors(n_in, n_out, rank):
 class LoRALinear(nn.Module):
     """A frozen linear layer and its update: y = W x + b + (alpha / rank) B A x.
 
-    rank * (in + out) parameters are trained. alpha / rank is the update's scale: with it, the size
-    of a step changes little when the rank is changed.
+    rank * (in + out) parameters are trained. alpha / rank is the update's scale.
     """
 
     def __init__(self, linear, rank, alpha):
@@ -271,7 +273,7 @@ def merge_lora(model):
     body = model.transformer
     for name, layer in [(n, m) for n, m in body.named_modules() if isinstance(m, LoRALinear)]:
         linear = nn.Linear(*reversed(layer.weight.shape))
-        update = layer.scale * (layer.lora_B @ layer.lora_A)  # (out, r) @ (r, in)
+        update = layer.scale * (layer.lora_B @ layer.lora_A)  # (out, r) @ (r, in) -> (out, in)
         linear.weight, linear.bias = nn.Parameter(layer.weight + update), layer.bias
         body.set_submodule(name, linear)
 
@@ -304,11 +306,13 @@ def generate(model, prompts, max_new_tokens, statistics=None, temperature=0.0, t
              for _ in range(config.n_layer)]
     # Prompts are padded at the right: what is kept of padding is written over before it is seen.
     before = torch.arange(longest - 1, device=device).expand(B, -1)  # (B, longest - 1)
-    model.hidden(tokens[:, :longest - 1], cache, before)
+    if longest > 1:
+        model.hidden(tokens[:, :longest - 1], cache, before)
     new = [[] for _ in prompts]
     for _ in range(max_new_tokens):
         position = (length - 1)[:, None]  # (B, 1), of each row's last token
-        logits = model(tokens.gather(1, position), statistics, 0, cache, position)
+        last = tokens.gather(1, position)  # (B, 1)
+        logits = model(last, statistics, cache=cache, position=position)  # (B, 1, V)
         chosen = choose_token(logits[:, 0].float(), temperature, top_k, generator)  # (B,)
         done |= chosen == stop_token if stop_token is not None else False
         for i in (~done).nonzero()[:, 0].tolist():
@@ -328,5 +332,6 @@ def choose_token(logits, temperature, top_k, generator):
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < least, -math.inf)
-    probabilities = (logits / temperature).softmax(dim=1)
+    highest = logits.amax(dim=1, keepdim=True)  # (B, 1), taken off: no temperature overflows
+    probabilities = ((logits - highest) / max(temperature, 1e-30)).softmax(dim=1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

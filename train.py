@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -38,6 +39,7 @@ from model import GPT, SIZES, GPTConfig, LoRAHead, add_lora, find_gpt2, load_gpt
 RATES = {"lora": 1e-2, "lora-match": 5e-3, "chameleon": 1e-2}
 HUB_BASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BASE_BATCH_SIZE = 16  # rows
+OF_A_CALL = {"resume", "out", "device"}  # flags that a run does not keep
 LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}  # how many exist at a time
 
 
@@ -259,9 +261,9 @@ def load_weights(model, tensors, path):
         wanted[name].copy_(tensor)
 
 
-def is_finished(run, path, plan, resume):
-    """Whether `path` is trained already. UserError rather than overwrite what `plan` did not make,
-    or what was interrupted and is not to be resumed."""
+def check_before(run, path, plan, resume):
+    """UserError rather than overwrite what `plan` did not make, or what was interrupted and is not
+    to be resumed."""
     state_path = path.with_suffix(".state")
     for existing in (path, state_path):
         if existing.exists():
@@ -270,25 +272,24 @@ def is_finished(run, path, plan, resume):
                 if made_with.get(key) != plan[key]:
                     raise UserError(f"{existing} was made with {key} = {made_with.get(key)}, not "
                                     f"{plan[key]}; choose another --out, or delete that file")
-    if path.exists():
-        if run.rank == 0:  # a kill came between the last two things that `fit` does
-            state_path.unlink(missing_ok=True)
-        print(f"{path}: trained before")
-        return True
-    if state_path.exists() and not resume:
+    if path.exists() and run.rank == 0:  # a kill came between the last two things that `fit` does
+        state_path.unlink(missing_ok=True)
+    elif state_path.exists() and not resume:
         raise UserError(f"{state_path} is an interrupted training; add --resume to go on with it, "
                         f"choose another --out, or delete that file")
-    return False
 
 
 def read_records(folder):
     """Records of metrics.jsonl. A torn last line, such as a kill can leave, does not count."""
     path, records = folder / "metrics.jsonl", []
+    wanted = {"method", "seed", "step", "tokens", "loss"}
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and wanted <= record.keys():
+            records.append(record)
     return records
 
 
@@ -307,20 +308,25 @@ def generator(seed, epoch=0):
 # ------------------------------------------------------------------------------------- the base
 
 
-def train_base(run, args, tokenizer, documents):
-    """Train a base from scratch on whole rows, prompts included."""
-    train, validation = (cut(documents[split], tokenizer, args.block_size)
-                         for split in ("train", "validation"))
+def base_plan(args, tokenizer, text, n_rows):
+    """Everything that shapes a base's training; text: the fingerprint of what it reads."""
     config = GPTConfig(args.block_size, tokenizer.vocab_size, **SIZES[args.size])
-    plan = {"method": "base", "seed": 0, "lr": args.base_lr, "config": asdict(config),
-            **plan_steps(len(train), BASE_BATCH_SIZE, args.base_epochs, args.evaluations)}
-    path = run.folder / "base.safetensors"
-    if not is_finished(run, path, plan, args.resume):
-        torch.manual_seed(0)
-        model = GPT(config).to(run.device)
-        fit(run, path, model, plan, train,
-            lambda epoch: shuffled_batches(train.length, BASE_BATCH_SIZE, generator(0, epoch)),
-            lambda index: None, lambda: score(run, model, validation, whole=True))
+    return {"method": "base", "seed": 0, "lr": args.base_lr, "config": asdict(config), "text": text,
+            **plan_steps(n_rows, BASE_BATCH_SIZE, args.base_epochs, args.evaluations)}
+
+
+def train_base(run, path, plan, train, validation):
+    """Train a base from scratch on whole rows, prompts included."""
+    torch.manual_seed(plan["seed"])
+    model = GPT(GPTConfig(**plan["config"])).to(run.device)
+    fit(run, path, model, plan, train,
+        lambda epoch: shuffled_batches(train.length, plan["batch_size"], generator(0, epoch)),
+        lambda index: None, lambda: score(run, model, validation, whole=True))
+
+
+def base_path(folder, config):
+    """Where a run's base lies: in its own folder, or where config.json says."""
+    return Path(config["base"]) if config["base"] else Path(folder) / "base.safetensors"
 
 
 def load_base(path, device):
@@ -507,7 +513,8 @@ def parse(argv):
     """The arguments; with --resume those of the run, but for what is given now."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.out = args.out or f"runs/{Path(args.dataset.replace(',', '-')).stem}"
+    names = [Path(name).resolve() for name in args.dataset.split(",")]
+    args.out = args.out or "runs/" + "-".join(p.stem if p.is_file() else p.name for p in names)
     config = Path(args.out) / "config.json"
     if args.resume and not config.exists():
         raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
@@ -518,14 +525,16 @@ def parse(argv):
 
 
 def read_config(folder):
-    """config.json of a run folder: settings, the data's fingerprint, the base's path."""
+    """config.json of a run folder: settings, the data's fingerprint, the base's place."""
     path = Path(folder) / "config.json"
     if not path.exists():
         raise UserError(f"{folder} holds no run; train one first: python train.py")
     config = parse_json(read_text(path), path)
-    wanted = {"args", "data", "base", "instructions"}
-    if not isinstance(config, dict) or not wanted <= config.keys():
-        raise UserError(f"{path} is not what train.py wrote")
+    flags = vars(make_parser().parse_args([])).keys() - OF_A_CALL
+    wanted = {"args", "data", "base", "read", "instructions"}
+    if not (isinstance(config, dict) and wanted <= config.keys()
+            and isinstance(config["args"], dict) and config["args"].keys() == flags):
+        raise UserError(f"{path} is not what this train.py wrote")
     return config
 
 
@@ -556,6 +565,8 @@ def join_processes(run):
         torch.cuda.set_device(run.device)
     dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
     run.rank, run.world = dist.get_rank(), dist.get_world_size()
+    if run.rank:  # the first speaks for all
+        sys.stdout = open(os.devnull, "w")
 
 
 def main(argv=None):
@@ -563,62 +574,85 @@ def main(argv=None):
     args = parse(argv)
     keep_freed_memory()
     device, why_device = choose_device(args.device)
-    dtype, why_dtype = choose_dtype(args.dtype, device)
-    args.dtype = str(dtype).removeprefix("torch.")  # so that a resumed run computes as before
-    run = Run(Path(args.out), device, dtype)
+    run = Run(Path(args.out), device)
     join_processes(run)
+    run.dtype, why_dtype = choose_dtype(args.dtype, device)
+    if run.world > 1:  # it may have been measured: all take what the first has found
+        box = [run.dtype]
+        dist.broadcast_object_list(box)
+        run.dtype = box[0]
+    args.dtype = str(run.dtype).removeprefix("torch.")  # so that a resumed run computes as before
     print(f"device {run.device}: {why_device}; {args.dtype}: {why_dtype}")
 
-    base_name, why_base = choose_base(args, device)
-    scratch = base_name == "scratch"
-    own = run.folder / "base.safetensors"
-    base_path = own if scratch else Path(base_name)
-    if base_name in HUB_BASES:
-        base_path = find_gpt2(base_name, args.data_dir)
-    if not scratch and not base_path.exists():
-        raise UserError(f"--base {base_name}: neither scratch, auto, {', '.join(HUB_BASES)} nor a "
+    # ---- First everything is read and checked: until then nothing is written.
+    args.base, why_base = choose_base(args, device)
+    scratch, own = args.base == "scratch", run.folder / "base.safetensors"
+    place = own if scratch else Path(args.base)
+    if args.base in HUB_BASES:
+        place = find_gpt2(args.base, args.data_dir)
+    if not scratch and not place.exists():
+        raise UserError(f"--base {args.base}: neither scratch, auto, {', '.join(HUB_BASES)} nor a "
                         f"folder or file")
-    base = None if scratch else load_base(base_path, run.device)
+    base = load_base(place, run.device) if place.exists() else None
     documents, data = load_documents(args.dataset, args.data_dir)
     if (run.folder / "config.json").exists() and read_config(run.folder)["data"] != data:
         raise UserError(f"{run.folder} is a run on other text than --dataset {args.dataset} has "
                         f"now; choose another --out")
-    known = (run.folder if scratch else base_path.parent) / "tokenizer.json"
-    base_documents = None
     if scratch:
-        base_documents, _ = load_documents(args.base_dataset, args.data_dir)
-    if scratch and not known.exists():
+        base_documents, base_text = load_documents(args.base_dataset, args.data_dir)
+    if place.is_dir():
+        tokenizer = Tokenizer({"name": "gpt2"})
+    elif (place.parent / "tokenizer.json").exists() or not scratch:
+        tokenizer = Tokenizer.load(place.parent / "tokenizer.json")
+    else:
         texts = (d.prompt + d.text for d in base_documents["train"])
         tokenizer = Tokenizer.learn(texts, args.vocab_size)
-    elif base_path.is_dir():
-        tokenizer = Tokenizer({"name": "gpt2"})
-    else:
-        tokenizer = Tokenizer.load(known)
-    train, validation = (cut(documents[split], tokenizer, args.block_size)
-                         for split in ("train", "validation"))
-    print(f"the base has read: {args.base_dataset if scratch else base_path} ({why_base}); "
-          f"the adapters will read: {args.dataset}, {len(train):,} rows, "
-          f"{train.length.sum():,} tokens")
-    if run.rank == 0:
-        kept = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "device")}
-        write_json(run.folder / "config.json",
-                   {"args": kept, "data": data, "base": str(base_path), "why": why_base,
-                    "instructions": any(d.prompt for d in documents["train"])})
-        write_json(run.folder / "tokenizer.json", tokenizer.spec)
+
+    def rows_of(documents):
+        return [cut(documents[split], tokenizer, args.block_size)
+                for split in ("train", "validation")]
+
+    train, validation = rows_of(documents)
     if scratch:
-        train_base(run, args, tokenizer, base_documents)
-        base = load_base(base_path, run.device)
-    if args.block_size > base.config.block_size or base.config.vocab_size != tokenizer.vocab_size:
-        raise UserError(f"--base {base_path} reads rows of {base.config.block_size} tokens at "
-                        f"most, of {base.config.vocab_size} kinds; --block-size is "
-                        f"{args.block_size}, and the tokenizer knows {tokenizer.vocab_size}")
-    mark = fingerprint(base)
-    for name in args.methods:
-        for seed in args.seeds:
-            path = run.folder / "adapters" / f"{name}-seed{seed}.safetensors"
-            plan = adapter_plan(args, base, mark, name, seed, len(train))
-            if not is_finished(run, path, plan, args.resume):
-                train_adapter(run, path, base, plan, train, validation)
+        base_rows = rows_of(base_documents)
+        plan = base_plan(args, tokenizer, base_text, len(base_rows[0]))
+        check_before(run, own, plan, args.resume)
+    paths = {(name, seed): run.folder / "adapters" / f"{name}-seed{seed}.safetensors"
+             for name in args.methods for seed in args.seeds}
+
+    def plan_of(name, seed):
+        return adapter_plan(args, base, mark, name, seed, len(train))
+
+    if base is not None:
+        if args.block_size > base.config.block_size or (
+                base.config.vocab_size != tokenizer.vocab_size):
+            raise UserError(f"--base {place} reads rows of {base.config.block_size} tokens at "
+                            f"most, of {base.config.vocab_size} kinds; --block-size is "
+                            f"{args.block_size}, and the tokenizer knows {tokenizer.vocab_size}")
+        mark = fingerprint(base)
+        for key, path in paths.items():
+            check_before(run, path, plan_of(*key), args.resume)
+    read = args.base_dataset if scratch else str(place)
+    print(f"the base has read: {read} ({why_base}); the adapters will read: {args.dataset}, "
+          f"{len(train):,} rows, {train.length.sum():,} tokens")
+
+    # ---- Then it is written down, and trained.
+    if run.rank == 0:
+        kept = {k: v for k, v in vars(args).items() if k not in OF_A_CALL}
+        write_json(run.folder / "config.json", {
+            "args": kept, "data": data, "base": "" if scratch else str(place.resolve()),
+            "read": read, "why": why_base,
+            "instructions": any(d.prompt for d in documents["train"])})
+        write_json(run.folder / "tokenizer.json", tokenizer.spec)
+    if base is None:
+        train_base(run, own, plan, *base_rows)
+        base = load_base(own, run.device)
+        mark = fingerprint(base)
+    for key, path in paths.items():
+        if path.exists():
+            print(f"{path}: trained before")
+        else:
+            train_adapter(run, path, base, plan_of(*key), train, validation)
     if run.world > 1:
         dist.destroy_process_group()
     print(f"done; the table and the figures: python eval.py {run.folder}")

@@ -10,7 +10,7 @@ import eval as evaluation
 import train
 from common import UserError
 from data import Tokenizer, cut, load_documents
-from eval import told
+from eval import controls
 from hypernet import ChameleonHead, cluster_statistics, prompt_means
 from train import score
 
@@ -23,7 +23,8 @@ def test_what_rows_may_be_told():
     cluster = torch.arange(40) % 7 * 2  # numbers 1, 3 ... have no rows
     head = ChameleonHead(torch.randn(9, 6), 2, 4.0, 1)
     head.center += 3
-    tables = told(head, means, count, cluster)
+    document = torch.arange(40) // 6
+    tables = controls(head, means, count, cluster, document, 0)
     own = cluster_statistics(means, count, cluster)
     assert torch.equal(tables[""], own)
     assert torch.equal(tables["told own prompt"], means)
@@ -34,20 +35,25 @@ def test_what_rows_may_be_told():
         assert any(same) and not any(s for s, k in zip(same, cluster, strict=True)
                                      if k == cluster[i])
     assert len(other.unique(dim=0)) == 7  # each cluster is told to one other
-    assert torch.equal(told(head, means, count, torch.zeros(40, dtype=torch.int64))[
-        "told another cluster"], cluster_statistics(means, count, 0 * cluster))  # there is no other
+    for i in range(40):  # all of the cluster but what follows in the row's own document
+        heard = [j for j in range(40) if cluster[j] == cluster[i]
+                 and (document[j] != document[i] or j <= i)]
+        expected = (means[heard] * count[heard, None]).sum(dim=0) / count[heard].sum()
+        assert torch.allclose(tables["told no later rows"][i], expected, atol=1e-5)
+    alone = controls(head, means, count, torch.zeros(40, dtype=torch.int64), document, 0)
+    assert "told another cluster" not in alone  # there is no other
 
 
 def test_the_table_is_what_the_adapters_score(finished_run, capsys):
     entries = {e["name"]: e for e in evaluation.main([str(finished_run), "--device", "cpu"])}
-    assert list(entries) == ["frozen", "lora", "lora-match", "chameleon",
-                             "chameleon, told own prompt", "chameleon, told another cluster",
-                             "chameleon, told nothing"]
+    assert list(entries) == ["frozen", "lora", "lora-match", "chameleon", *(
+        f"chameleon, told {what}" for what in ("own prompt", "nothing", "another cluster",
+                                               "no later rows"))]
     config = train.read_config(finished_run)
     tokenizer = Tokenizer.load(finished_run / "tokenizer.json")
     documents, _ = load_documents(config["args"]["dataset"], ".")
     rows = cut(documents["test"], tokenizer, 24)
-    base = train.load_base(config["base"], CPU)
+    base = train.load_base(train.base_path(finished_run, config), CPU)
     path = finished_run / "adapters" / "chameleon-seed0.safetensors"
     model, plan = train.load_adapter(base, train.fingerprint(base), path)
     means, count = prompt_means(rows, base.transformer.wte.weight)
@@ -122,6 +128,7 @@ def test_assigned_answers_depend_on_no_other_prompt(ask):
     together, shown = ask(TEXTS, "--assign")
     assert "depend on each other" not in shown
     alone = [ask([text])[0][0] for text in TEXTS]
+    assert ask(["a"])[0]  # a single token is a prompt too
     reverse, _ = ask(TEXTS[::-1], "--assign")
     assert together == alone == reverse[::-1]
 
@@ -147,7 +154,7 @@ def test_a_folder_without_a_run_and_changed_text_are_refused(finished_run, tmp_p
     with pytest.raises(UserError, match="holds no run"):
         evaluation.main([str(tmp_path)])
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"not what train\.py wrote"):
+    with pytest.raises(UserError, match="not what this"):
         evaluation.main([str(tmp_path)])
     monkeypatch.setattr(evaluation, "load_documents", lambda *_: ({}, "other"))
     with pytest.raises(UserError, match="other text than when"):

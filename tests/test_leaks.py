@@ -10,7 +10,7 @@ import torch
 
 from cluster import kmeans
 from data import Rows
-from eval import told
+from eval import controls
 from hypernet import cluster_statistics, features, prompt_means
 from tests.conftest import random_adapter
 from train import RATES, held_out_clusters
@@ -34,7 +34,7 @@ def change(rows, row, place):
     tokens = rows.tokens.clone()
     part = slice(row * W + place, (row + 1) * W)
     tokens[part] = (tokens[part] + 7) % 31
-    return Rows(tokens, rows.start, rows.length, rows.prompt, rows.kind)
+    return Rows(tokens, rows.start, rows.length, rows.prompt, rows.document)
 
 
 def tables(gpt, adapted, rows, method):
@@ -42,7 +42,8 @@ def tables(gpt, adapted, rows, method):
         return {"": None}
     means, count = prompt_means(rows, gpt.transformer.wte.weight)
     plan = {"cluster_size": 3, "seed": 0}
-    return told(adapted.lm_head, means, count, held_out_clusters(adapted.lm_head, means, plan))
+    cluster = held_out_clusters(adapted.lm_head, means, plan)
+    return controls(adapted.lm_head, means, count, cluster, rows.document, 0)
 
 
 def moved(gpt, method, rows, row, place):

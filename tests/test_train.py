@@ -237,12 +237,15 @@ def test_more_methods_and_seeds_use_the_base_that_is_there(arguments, capsys):
     before = (out / "base.safetensors").read_bytes()
     train.main([*arguments, "--methods", "lora,chameleon", "--seeds", "0,1"])
     assert (out / "base.safetensors").read_bytes() == before
-    assert "base.safetensors: trained before" in capsys.readouterr().out
+    assert "lora-seed0.safetensors: trained before" in capsys.readouterr().out
     names = sorted(p.name for p in (out / "adapters").iterdir())
     assert names == [f"{m}-seed{s}.safetensors" for m in ("chameleon", "lora") for s in (0, 1)]
-    for change in (["--rank", "3"], ["--base-lr", "1e-4"]):
+    kept = (out / "config.json").read_bytes()
+    for change in (["--rank", "3"], ["--base-lr", "1e-4"], ["--block-size", "12"],
+                   ["--base-dataset", "pymanual"]):
         with pytest.raises(UserError, match="was made with"):
             train.main([*arguments, *change])
+    assert (out / "config.json").read_bytes() == kept  # a run that is refused changes nothing
 
 
 @pytest.mark.parametrize("batches", ["shuffled", "clustered"])
@@ -381,8 +384,9 @@ def test_damaged_tensors_are_told_in_one_line(tmp_path, spoil):
 
 
 def test_a_torn_last_record_does_not_count(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
-    assert train.read_records(tmp_path) == [{"step": 1}]
+    record = {"method": "lora", "seed": 0, "step": 1, "tokens": 2, "loss": 3.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + '\n5\n{}\n{"st')
+    assert train.read_records(tmp_path) == [record]
 
 
 def test_the_type_of_products_is_chosen_and_said():
