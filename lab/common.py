@@ -23,7 +23,7 @@ from model import LoRAHead, add_lora
 from train import load_weights, n_trained, weights
 
 __all__ = ["Run", "adapt", "adapter_path", "adapter_paths", "config_of", "has_finished",
-           "join_processes", "label", "load_adapter", "load_base", "load_weights", "memory_advice",
+           "join_processes", "label", "load_adapter", "load_base", "load_weights",
            "n_trained", "open_corpus", "open_run", "read_plan", "read_records", "share_trunk",
            "wait", "weights"]
 
@@ -32,17 +32,6 @@ def wait(device):
     """Until the device has done what it was asked; a CPU always has."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
-
-
-@contextmanager
-def memory_advice(flags):
-    """Tell in one line that memory has run out, and which flags help."""
-    try:
-        yield
-    except RuntimeError as error:  # CUDA has a class of its own for this, CPU and MPS have not
-        if not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
-            raise
-        raise UserError(f"out of memory ({str(error).splitlines()[0][:150]}); {flags}") from None
 
 
 # ----------------------------------------------------------------------------------- processes

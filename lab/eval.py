@@ -28,7 +28,7 @@ from common import (UserError, autocast, choose_device, keep_freed_memory, whole
                     write_text)
 from eval import COLOURS
 from lab.cache import CacheHead
-from lab.common import (adapter_paths, has_finished, label, load_adapter, memory_advice, n_trained,
+from lab.common import (adapter_paths, has_finished, label, load_adapter, n_trained,
                         open_corpus, open_run, read_records, share_trunk, wait)
 from lab.data import Corpus, load_examples
 from lab.flags import CONTROLS, CONTROLS_OF, OF_ARTICLES, parse_eval, read_json
@@ -96,9 +96,8 @@ def score_run(run, args):
         keep_freed_memory()
         found = {}
         for split, examples in (run.shared if plan.get("trunk") else run.examples).items():
-            with memory_advice("score on a CPU, --device cpu"):
-                told = held_out(run, model, examples, plan, args.inference, control)
-                nll, counts = score(run, model, examples, told)
+            told = held_out(run, model, examples, plan, args.inference, control)
+            nll, counts = score(run, model, examples, told)
             losses[f"{trunk}/{name}/{seed}/{split}"] = nll.numpy()
             found[split] = result = summed(nll, counts)
             # Of a training gone wrong it may be beyond all numbers.

@@ -37,8 +37,8 @@ from lab import cache
 from lab.cache import CacheHead
 from lab.cluster import cluster_batches
 from lab.common import (Run, adapt, adapter_path, config_of, has_finished, join_processes, label,
-                        load_base, load_weights, memory_advice, n_trained, open_corpus, read_plan,
-                        read_records, share_trunk, wait, weights)
+                        load_base, load_weights, n_trained, open_corpus, read_plan, read_records,
+                        share_trunk, wait, weights)
 from lab.data import Tokenizer, fingerprint, load_examples
 from lab.flags import (ALONE, CONDITIONS, HUB_BASES, OF_A_CALL, TOLD_NOTHING, parse_train,
                        read_json)
@@ -419,8 +419,6 @@ def train_adapter(run, args, method, seed, lr, path):
 # ---------------------------------------------------------------------------------------- main
 
 
-@memory_advice("halve --batch-size and double --accumulate, or lower --rank; or, with another "
-               "--out, halve --base-batch-size or lower --block-size or --size")
 def main(argv=None):
     """Train what the arguments ask for; returns the run folder's path."""
     args, before = parse_train(argv)
