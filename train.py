@@ -498,7 +498,7 @@ def make_parser():
     add("--lr", type=rate, help="of the adapters (default: each method's own, "
         f"{', '.join(f'{name} {value:g}' for name, value in RATES.items())})")
     add("--epochs", type=number(float, 1e-9, 1e6), default=1.0, help="the adapters' passes")
-    add("--max-steps", type=count, default=200, help="but at most so many steps of an adapter")
+    add("--max-steps", type=count, default=100, help="but at most so many steps of an adapter")
     add("--batch-size", type=count, default=32, metavar="B", help="rows in an adapter's batch")
     add("--batches", choices=("shuffled", "clustered"), default="shuffled", help="chameleon's: any "
         "rows, each with the statistic of its cluster, or the paper's, each of one cluster")

@@ -98,8 +98,7 @@ class Corpus:
             place = key_hash(d.key)
             split = d.split or ("test" if place < keys[held_out] else
                                 "validation" if place < keys[2 * held_out] else "train")
-            # A row's `kind` is its document's: here that is the number of an article.
-            self.by_split[split].append(replace(d, kind=len(self.by_split[split])))
+            self.by_split[split].append(d)
 
     def documents(self, split):
         return self.by_split[split]
@@ -120,14 +119,14 @@ def begin_within(tokens, n_bytes, sizes):
 
 @dataclass
 class Examples(Rows):
-    """The core's rows; kind[i] is the number of the article that row i was cut from."""
+    """The core's rows; an article is a document."""
 
     instruction: torch.Tensor | None = None  # (N,), prompt tokens of it alone; None: all of them
     states: torch.Tensor | None = None  # (all tokens, C), what `batch` gives in place of tokens
 
     @property
     def article(self):
-        return self.kind
+        return self.document
 
     def seen(self, plan):
         """The same rows, with that for prompt of which a statistic and clusters see the tokens.
@@ -167,9 +166,10 @@ def load_examples(corpus, tokenizer, block_size):
         if corpus.instructions:
             rows.instruction = rows.prompt.clone()
             sizes = tokenizer.bytes_per_token()
-            for i, (start, n, kind) in enumerate(zip(
-                    rows.start.tolist(), rows.prompt.tolist(), rows.kind.tolist(), strict=True)):
-                prompt = documents[kind].prompt
+            for i, (start, n, number) in enumerate(zip(
+                    rows.start.tolist(), rows.prompt.tolist(), rows.document.tolist(),
+                    strict=True)):
+                prompt = documents[number].prompt
                 if prompt:
                     n_bytes = len(prompt[:corpus.instruction[prompt]].encode())
                     shown = begin_within(rows.tokens[start:start + n].long(), n_bytes, sizes)
