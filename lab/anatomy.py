@@ -76,15 +76,21 @@ def short_rows(documents, tokenizer, T, limit):
 
 @dataclass
 class CachedRows(Examples):
-    """Rows whose transformer has been run: a batch is (states (B, T, C), targets (B, T)).
+    """Rows whose transformer has been run: states (N, T, C), and targets (N, T).
 
-    targets[b, t] is what states[b, t] is scored on, IGNORE where it is not.
+    targets[i, t] is what states[i, t] is scored on, IGNORE where it is not.
     """
 
     targets: torch.Tensor | None = None
 
     def batch(self, index, whole=False):
-        return self.states[index], self.targets[index]
+        """States (B, n, C) and targets (B, n): each row's scored places first, and no more columns
+        than the most that a row has. A head looks at each place by itself."""
+        targets = self.targets[index]  # (B, T)
+        n = int((targets != IGNORE).sum(dim=1).max())
+        place = (targets == IGNORE).long().argsort(dim=1, stable=True)[:, :n]  # (B, n)
+        row = torch.arange(len(index))[:, None]
+        return self.states[index][row, place], targets[row, place]
 
 
 def under(flaws, rows, states):
