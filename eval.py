@@ -193,7 +193,7 @@ def draw_clusters(points, cluster, kind, names, path):
         bottom += counts[:, i]
     pure = float(counts.amax(dim=1).sum() / counts.sum())
     left.set(title="prompts, in their two widest directions", xticks=[], yticks=[])
-    right.set(title=f"clusters: {pure:.0%} of the rows are of their cluster's main kind",
+    right.set(title=f"clusters: {pure:.0%} of rows are of the main kind of theirs",
               xlabel="cluster", ylabel="rows")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=7,
                   frameon=False)
