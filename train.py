@@ -185,7 +185,7 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
 
     objective = model
     if run.world > 1:  # gradients become the mean of all processes'
-        objective = DistributedDataParallel(model, broadcast_buffers=False)
+        objective = DistributedDataParallel(model)
     bar = tqdm(total=total, initial=done["step"], desc=name, unit="step",
                disable=True if run.rank else None)  # None: no bar where there is no terminal
     epoch, saved = None, time.perf_counter()

@@ -152,7 +152,7 @@ def fit(run, path, model, plan, load, n_scored, evaluate, cluster=None):
 
     objective = Objective(run, model)
     if run.world > 1:
-        objective = DistributedDataParallel(objective, broadcast_buffers=False)
+        objective = DistributedDataParallel(objective)
     training = {"method": label(plan), "seed": plan["seed"], "lr": plan["lr"],
                 "trunk": "shared" if plan.get("trunk") else "joint"}
     log = run.folder / "metrics.jsonl"

@@ -252,7 +252,7 @@ def test_intervals_are_students_and_a_bootstrap_over_articles():
         ((0.4, 0.4), (4, 4)), ((0.4, 0.1), (4, 2)), ((0.1, 0.4), (2, 4)), ((0.1, 0.1), (2, 2)))]
     spread = eval.difference(mine, theirs, losses, examples)["articles"]
     assert spread == pytest.approx((min(ratios), max(ratios)))  # each of the four has a quarter
-    alone = replace(examples, kind=torch.zeros(3))
+    alone = replace(examples, document=torch.zeros(3))
     assert eval.difference(mine, theirs, losses, alone)["articles"] == (-math.inf, math.inf)
     found = eval.difference(mine, theirs, losses, examples)
     later = [{seed + 1: entry for seed, entry in entries.items()} for entries in (mine, theirs)]
