@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -130,7 +130,7 @@ def choose_dtype(name, device):
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this GPU has it"
-        return torch.float16, "this GPU has no bfloat16"
+        return torch.float32, "this GPU has no bfloat16"
     if device.type == "mps":
         return torch.float32, "the safe choice on MPS"
     times = {torch.bfloat16: [], torch.float32: []}
@@ -142,11 +142,6 @@ def choose_dtype(name, device):
     ratio = min(times[torch.float32]) / min(times[torch.bfloat16])
     dtype = torch.bfloat16 if ratio > 1.5 else torch.float32
     return dtype, f"bfloat16 multiplies {ratio:.1f} times as fast as float32 here"
-
-
-def autocast(device, dtype):
-    """Products in `dtype`; weights, sums and losses stay float32."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def keep_freed_memory():

@@ -281,7 +281,7 @@ def make_parser():
     add("run", help="run folder that train.py wrote")
     add("--data-dir", help="where the data set lies (default: as in training)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of matrix products (default: "
+    add("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: "
         "as in training)")
     add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line (- is standard "
         "input), instead of scoring")

@@ -68,8 +68,8 @@ def cluster_statistics(means, count, cluster):
 # --------------------------------------------------------------------------------- the network
 
 
-class HyperNetwork(nn.Module):
-    """C -> 64 -> 32 -> n_out with two ReLUs, as in the published code.
+class HyperNetwork(nn.Sequential):
+    """C -> 64 -> 32 -> n_out with two ReLUs, as in the published code: (B, C) -> (B, n_out).
 
     64 C + 64 + 64 * 32 + 32 + 33 n_out parameters: the output layer is nearly all of them. Its
     weights, which make the output depend on the statistic, start at zero; its bias is `start`
@@ -77,17 +77,10 @@ class HyperNetwork(nn.Module):
     """
 
     def __init__(self, n_in, start):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(n_in, 64), nn.ReLU(),
-            nn.Linear(64, 32), nn.ReLU(),
-            nn.Linear(32, len(start)),
-        )
-        nn.init.zeros_(self.layers[-1].weight)
-        self.layers[-1].bias.data.copy_(start)
-
-    def forward(self, statistics):
-        return self.layers(statistics)  # (B, C) -> (B, 64) -> (B, 32) -> (B, n_out)
+        super().__init__(nn.Linear(n_in, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(),
+                         nn.Linear(32, len(start)))
+        nn.init.zeros_(self[-1].weight)
+        self[-1].bias.data.copy_(start)
 
 
 class ChameleonHead(LMHead):

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from cluster import cluster_batches, kmeans, shuffled_batches
-from common import (UserError, autocast, choose_device, choose_dtype, keep_freed_memory, parse_json,
+from common import (UserError, choose_device, choose_dtype, keep_freed_memory, parse_json,
                     read_tensors, read_text, run_cli, write_json, write_tensors, write_text)
 from data import IGNORE, Tokenizer, cut, load_documents
 from hypernet import ChameleonHead, cluster_means, cluster_statistics, features, prompt_means
@@ -57,17 +57,19 @@ class Run:
 # ------------------------------------------------------------------------------ loss and scores
 
 
-def losses(model, tokens, targets, statistics=None):
+def losses(model, tokens, targets, statistics=None, dtype=torch.float32):
     """Negative log-likelihood of each row's scored targets, summed: (B,), in nats.
 
-    tokens (B, T), targets (B, T) with IGNORE where nothing is scored, statistics (B, C). Training,
-    validation and the final scores are all made of this one.
+    tokens (B, T), targets (B, T) with IGNORE where nothing is scored, statistics (B, C). Products
+    are made in `dtype`; weights, sums and losses stay as they are. Training, validation and the
+    final scores are all made of this one.
     """
     device = next(model.parameters()).device
     start = int((targets != IGNORE).any(dim=0).nonzero()[0])  # before it no logits are needed
     tokens, targets = tokens.to(device), targets[:, start:].to(device)
     statistics = None if statistics is None else statistics.to(device)
-    logits = model(tokens, statistics, start=start)  # (B, T - start, V)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        logits = model(tokens, statistics, start=start)  # (B, T - start, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits are too coarse
     each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
                            reduction="none")  # (B (T - start),)
@@ -80,7 +82,7 @@ def chunks(index, run, config):
     return index.split(size) if len(index) else ()
 
 
-def backward(run, model, rows, index, statistics, whole, scaler):
+def backward(run, model, rows, index, statistics, whole):
     """Gradients of the mean loss over the scored tokens of the rows index (B,), chunk by chunk.
 
     Each chunk's gradients are added to the others', and its logits are freed: what is kept of the
@@ -95,9 +97,8 @@ def backward(run, model, rows, index, statistics, whole, scaler):
     for part in parts:
         told = None if statistics is None else statistics[part]
         with nullcontext() if part is parts[-1] or run.world == 1 else model.no_sync():
-            with autocast(run.device, run.dtype):
-                nll = losses(model, *rows.batch(index[part], whole), told).sum()
-            scaler.scale(share * nll).backward()
+            nll = losses(model, *rows.batch(index[part], whole), told, run.dtype).sum()
+            (share * nll).backward()
 
 
 @torch.no_grad()
@@ -110,9 +111,8 @@ def score(run, model, rows, statistics=None, whole=False):
     count = rows.length - (1 if whole else rows.prompt)
     order = rows.length.argsort(stable=True)[run.rank::run.world]  # little padding in a batch
     for index in chunks(order, run, model.config):
-        with autocast(run.device, run.dtype):
-            told = None if statistics is None else statistics[index]
-            nll[index] = losses(model, *rows.batch(index, whole), told).double().cpu()
+        told = None if statistics is None else statistics[index]
+        nll[index] = losses(model, *rows.batch(index, whole), told, run.dtype).double().cpu()
     if run.world > 1:
         nll = nll.to(run.device, torch.float32 if run.device.type == "mps" else torch.float64)
         dist.all_reduce(nll)
@@ -151,8 +151,6 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
               {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95),
                                   fused=run.device.type != "mps")
-    # float16 has no room for small gradients: losses are scaled up, gradients down again.
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
 
     # Resume: weights, moments, the step and the best weights so far say all. Batches follow from
     # seed and epoch, and nothing else is drawn.
@@ -165,7 +163,6 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
         best = under("best.", tensors)
         moments = {i: under(f"moments.{i}.", tensors) for i in range(len(parameters))}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        scaler.load_state_dict(info["scaler"])
         print(f"{name}: going on from step {done['step']} of {total}")
 
     def save_state():
@@ -174,8 +171,7 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
             tensors |= {f"best.{n}": t for n, t in best.items()}
             for i, moments in optimizer.state_dict()["state"].items():
                 tensors |= {f"moments.{i}.{n}": t for n, t in moments.items()}
-            write_tensors(state_path, tensors,
-                          {"plan": plan, "done": done, "scaler": scaler.state_dict()})
+            write_tensors(state_path, tensors, {"plan": plan, "done": done})
 
     if run.rank == 0:  # what was recorded after the state was saved is about to come again
         records = read_records(run.folder)
@@ -200,11 +196,9 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
         # ---- one step
         started = time.perf_counter()
         model.train()
-        backward(run, objective, rows, index, statistics(index), whole, scaler)
-        scaler.unscale_(optimizer)
+        backward(run, objective, rows, index, statistics(index), whole)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
+        optimizer.step()
         optimizer.zero_grad()
         # ----
 
@@ -487,7 +481,7 @@ def make_parser():
     add("--out", help="run folder (default: runs/DATASET)")
     add("--resume", action="store_true", help="go on with what --out holds, with its settings")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of matrix products; auto takes what is fast, and says why")
     add("--block-size", type=number(int, 4, 1 << 20), default=256, metavar="T",
         help="tokens in a row")

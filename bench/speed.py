@@ -316,8 +316,9 @@ def step_work(c, B, T):
     return B * T * (4 * matrices + 3 * attention)
 
 
-def our_loss(tokens, targets, statistics=None):
-    return lambda model: losses(model, tokens, targets, statistics).sum() / targets.numel()
+def our_loss(b, tokens, targets, statistics=None):
+    return lambda model: (losses(model, tokens, targets, statistics, b.dtype).sum()
+                          / targets.numel())
 
 
 def bench_step(b):
@@ -329,7 +330,7 @@ def bench_step(b):
         B, T, tokens, targets = training_batch(b, base, name)
         ids = tokens.to(b.device)
         contenders = {"this project": training_step(
-            b, adapted(base, "lora"), our_loss(tokens, targets), b.dtype)}
+            b, adapted(base, "lora"), our_loss(b, tokens, targets), b.dtype)}
         for low in (False, True):
             label = f"transformers + peft, {short(b.dtype) + ' weights' if low else 'autocast'}"
             contenders[label] = why
@@ -353,9 +354,9 @@ def bench_chameleon(b):
         B, T, tokens, targets = training_batch(b, base, name)
         statistics = torch.randn(1, base.config.n_embd).expand(B, -1)  # of one cluster
         contenders = {
-            "LoRA": training_step(b, adapted(base, "lora"), our_loss(tokens, targets), b.dtype),
+            "LoRA": training_step(b, adapted(base, "lora"), our_loss(b, tokens, targets), b.dtype),
             "chameleon": training_step(b, adapted(base, "chameleon"),
-                                       our_loss(tokens, targets, statistics), b.dtype)}
+                                       our_loss(b, tokens, targets, statistics), b.dtype)}
         b.table(f"chameleon step beside LoRA step: {says}, {B} x {T} tokens, {short(b.dtype)}",
                 "chameleon takes at most 1.05 times LoRA's time and memory", contenders,
                 unit="tokens/s", work=B * T, ops=step_work(base.config, B, T), memory=True)

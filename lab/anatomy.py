@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from common import UserError, autocast, write_json, write_text
+from common import UserError, write_json, write_text
 from hypernet import ChameleonHead, cluster_statistics, prompt_means
-from lab.common import adapter_path, load_adapter, n_trained, read_records
+from lab.common import adapter_path, autocast, load_adapter, n_trained, read_records
 from lab.data import IGNORE, Examples
 from lab.eval import COLOURS, figure, markdown, spread
 from lab.model import HeadAlone
@@ -110,7 +110,7 @@ def under(flaws, rows, states):
 @torch.no_grad()
 def last_states(run, model, tokens):
     """Last hidden states (N, T, C) of tokens (N, T), kept on the CPU in the products' type."""
-    with autocast(run.device, run.dtype):
+    with autocast(run):
         return torch.cat([model.hidden(rows.to(run.device)).to(run.dtype).cpu()
                           for rows in tokens.split(64)])
 
@@ -160,7 +160,7 @@ class Laboratory:
         if arm == "chameleon":
             plan = {"method": arm, "clusters": k, "stat_scope": scope(flaws)}
             means, count = prompt_means(rows.seen(plan), weight)
-            with torch.no_grad(), autocast(run.device, run.dtype):
+            with torch.no_grad(), autocast(run):
                 cluster = cluster_training(run, head, plan, means, count,
                                            torch.Generator().manual_seed(seed))
         parameters = [p for p in head.parameters() if p is not head.weight]
@@ -172,8 +172,7 @@ class Laboratory:
             told = None
             if cluster is not None:
                 told = cluster_statistics(means[index], count[index], cluster[index])
-            with autocast(run.device, run.dtype):
-                nll = losses(model, states, targets, told).sum()
+            nll = losses(model, states, targets, told, run.dtype).sum()
             (nll / (targets != IGNORE).sum()).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

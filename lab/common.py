@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import train as core
-from common import UserError, autocast, choose_dtype, read_tensors, whole_file
+from common import UserError, choose_dtype, read_tensors, whole_file
 from hypernet import ChameleonHead
 from lab.cache import CacheHead, CompanyCacheHead
 from lab.data import Corpus, Tokenizer, fingerprint
@@ -22,10 +22,15 @@ from lab.model import GPT, GPTConfig, HeadAlone
 from model import LoRAHead, add_lora
 from train import load_weights, n_trained, weights
 
-__all__ = ["Run", "adapt", "adapter_path", "adapter_paths", "config_of", "has_finished",
-           "join_processes", "label", "load_adapter", "load_base", "load_weights",
+__all__ = ["Run", "adapt", "adapter_path", "adapter_paths", "autocast", "config_of",
+           "has_finished", "join_processes", "label", "load_adapter", "load_base", "load_weights",
            "n_trained", "open_corpus", "open_run", "read_plan", "read_records", "share_trunk",
            "wait", "weights"]
+
+
+def autocast(run):
+    """Products in the run's type; weights, sums and losses stay float32."""
+    return torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32)
 
 
 def wait(device):
@@ -231,7 +236,7 @@ def write_states(run, model, examples, states):
     """Last hidden states of every token, (all tokens, C); the last of a row predicts nothing."""
     for index in examples.length.argsort(stable=True).split(64):
         tokens, _ = examples.read(index)
-        with autocast(run.device, run.dtype):
+        with autocast(run):
             hidden = model.hidden(tokens[:, :-1].to(run.device))
         places, real = examples.places(index)
         known = real[:, 1:]  # (B, W - 1)

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from common import (UserError, autocast, choose_device, keep_freed_memory, whole_file, write_json,
+from common import (UserError, choose_device, keep_freed_memory, whole_file, write_json,
                     write_text)
 from eval import COLOURS
 from lab.cache import CacheHead
-from lab.common import (adapter_paths, has_finished, label, load_adapter, n_trained,
+from lab.common import (adapter_paths, autocast, has_finished, label, load_adapter, n_trained,
                         open_corpus, open_run, read_records, share_trunk, wait)
 from lab.data import Corpus, load_examples
 from lab.flags import CONTROLS, CONTROLS_OF, OF_ARTICLES, parse_eval, read_json
@@ -73,7 +73,7 @@ def latency(run, model, examples, told, batch_size=32):
     times = []
     for _ in range(30):
         start = time.perf_counter()
-        with autocast(run.device, run.dtype):
+        with autocast(run):
             head(hidden, *rest)
         wait(run.device)
         times.append(time.perf_counter() - start)

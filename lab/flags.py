@@ -27,7 +27,7 @@ CONTROLS_OF = {
 HUB_BASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of openai-community on the Hub
 CONDITIONS = ("instruction", "instruction+input")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16")
 
 # Settings that a run folder has once; a later call into the same folder must agree with them.
 ONCE = ("dataset", "base", "size", "block_size", "tokenizer", "vocab_size", "base_lr",

@@ -9,7 +9,7 @@ own: tensors under the names of the model's parameters and buffers,
     transformer.h.I.PART.lora_A (r, in), .lora_B (out, r)                     each linear layer
     lm_head.lora_A (r, C), .lora_B (V, r)                                  lora, company-cache
     lm_head.share, .trust (2,), .log_t (), .share_of (2, C), .idf (V,)             company-cache
-    lm_head.hypernetwork.layers.{0,2,4}.weight and .bias, lm_head.center,
+    lm_head.hypernetwork.{0,2,4}.weight and .bias, lm_head.center,
         .spread (C,), .clusters (K, C)                                               chameleon
     the rivals' have the names of their parameters in heads.py
 

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 import train as core
-from common import autocast
 from data import IGNORE
 from eval import scored_bytes
 from hypernet import ChameleonHead, cluster_means, features, prompt_means
 from lab import cache
 from lab.cache import CacheHead
 from lab.cluster import assign, kmeans
+from lab.common import autocast
 from lab.flags import ALONE
 
 __all__ = ["Company", "Told", "cluster_training", "held_out", "is_told", "score", "scored_bytes",
@@ -163,7 +163,7 @@ def held_out(run, model, examples, plan, inference=None, control=None):
         points = points_of(head, means, "cpu")
 
     def clusters():
-        with autocast(run.device, run.dtype):
+        with autocast(run):
             if means is not None:
                 found = group(run, head, plan, means, inference, generator)
             else:
@@ -204,7 +204,7 @@ def score_company(run, model, examples, company, chosen=None):
         order = order[company.cluster[order].argsort(stable=True)]
     for index in order.split(ROWS)[run.rank::run.world]:
         batch = company_batch(model.lm_head, examples, company, index)
-        with autocast(run.device, run.dtype):
+        with autocast(run):
             nll[index] = cache.losses(model, *batch)[1][:len(index)].double().cpu()
     if run.world > 1:
         nll = nll.to(run.device)

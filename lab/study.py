@@ -17,9 +17,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from common import UserError, autocast, write_json
+from common import UserError, write_json
 from hypernet import prompt_means
-from lab.common import adapter_paths, label, load_adapter
+from lab.common import adapter_paths, autocast, label, load_adapter
 from lab.data import Examples, read_pydocs
 from lab.eval import BESIDE, COLOURS, MARKERS, figure
 from lab.flags import ALONE, CONTROLS_OF
@@ -138,7 +138,7 @@ def write(run, model, prompts, examples, cluster, args):
             continue
         most = int(room[members].max())
         knows = torch.ones(len(members), len(members), dtype=torch.bool, device=run.device)
-        with autocast(run.device, run.dtype):
+        with autocast(run):
             texts = generate(model, [prompts[i] for i in members], most, knows,
                              temperature=args.temperature, top_k=args.top_k,
                              stop_token=run.tokenizer.end, generator=generator)

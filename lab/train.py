@@ -30,15 +30,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import train as core
-from common import (UserError, autocast, choose_device, choose_dtype, keep_freed_memory,
+from common import (UserError, choose_device, choose_dtype, keep_freed_memory,
                     read_tensors, write_json, write_tensors, write_text)
 from hypernet import cluster_statistics, prompt_means
 from lab import cache
 from lab.cache import CacheHead
 from lab.cluster import cluster_batches
-from lab.common import (Run, adapt, adapter_path, config_of, has_finished, join_processes, label,
-                        load_base, load_weights, n_trained, open_corpus, read_plan, read_records,
-                        share_trunk, wait, weights)
+from lab.common import (Run, adapt, adapter_path, autocast, config_of, has_finished, join_processes,
+                        label, load_base, load_weights, n_trained, open_corpus, read_plan,
+                        read_records, share_trunk, wait, weights)
 from lab.data import Tokenizer, fingerprint, load_examples
 from lab.flags import (ALONE, CONDITIONS, HUB_BASES, OF_A_CALL, TOLD_NOTHING, parse_train,
                        read_json)
@@ -63,10 +63,10 @@ class Objective(nn.Module):
         self.run, self.model = run, model
 
     def forward(self, *part):
-        with autocast(self.run.device, self.run.dtype):
-            if isinstance(self.model.lm_head, CacheHead):
+        if isinstance(self.model.lm_head, CacheHead):
+            with autocast(self.run):
                 return cache.losses(self.model, *part)[0]
-            return core.losses(self.model, *part).sum()
+        return core.losses(self.model, *part, dtype=self.run.dtype).sum()
 
 
 def in_parts(run, model, examples, told=None, whole=False):
@@ -126,8 +126,6 @@ def fit(run, path, model, plan, load, n_scored, evaluate, cluster=None):
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
                                   betas=(0.9, 0.95), fused=run.device.type in ("cpu", "cuda"))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # float16 has no room for small gradients: losses are scaled up, gradients down again.
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     print(f"  {name}: {sum(p.numel() for p in parameters):,} parameters")
     done = {"step": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}
     if state_path.exists():
@@ -136,7 +134,6 @@ def fit(run, path, model, plan, load, n_scored, evaluate, cluster=None):
         load_weights(model, under("model.", tensors), state_path)
         moments = {i: under(f"optimizer.{i}.", tensors) for i in range(len(parameters))}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        scaler.load_state_dict(info["scaler"])
         print(f"  {name}: going on from step {done['step']} of {total}")
 
     def save(path, tensors, **info):
@@ -148,7 +145,7 @@ def fit(run, path, model, plan, load, n_scored, evaluate, cluster=None):
                    for i, state in optimizer.state_dict()["state"].items()
                    for key, tensor in state.items()}
         current = {f"model.{n}": tensor for n, tensor in weights(model).items()}
-        save(state_path, current | moments, scaler=scaler.state_dict())
+        save(state_path, current | moments)
 
     objective = Objective(run, model)
     if run.world > 1:
@@ -176,11 +173,9 @@ def fit(run, path, model, plan, load, n_scored, evaluate, cluster=None):
                 with nullcontext() if last or run.world == 1 else objective.no_sync():
                     # DistributedDataParallel takes the mean over processes: make it the sum.
                     nll = objective(*part) * (share * run.world / n_step)
-                    scaler.scale(nll).backward()
-            scaler.unscale_(optimizer)
+                    nll.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            scaler.step(optimizer)
-            scaler.update()
+            optimizer.step()
             optimizer.zero_grad()
             done["step"] += 1
             done["tokens"] += n_read
@@ -378,7 +373,7 @@ def train_adapter(run, args, method, seed, lr, path):
         draw = torch.Generator().manual_seed(seed)
 
         def group():
-            with torch.no_grad(), autocast(run.device, run.dtype):
+            with torch.no_grad(), autocast(run):
                 found = (cluster_training(run, head, plan, means, count, draw) if is_told(head)
                          else head.fit_clusters(train, plan.get("clusters", 1), draw))
             return found, {n: t.detach().to("cpu", copy=True) for n, t in weights(head).items()}

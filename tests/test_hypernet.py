@@ -62,7 +62,7 @@ def test_the_network_is_two_relus_between_three_layers():
         torch.nn.init.normal_(p)
     s = torch.randn(5, 6)
     (w1, b1), (w2, b2), (w3, b3) = [(m.weight.detach().numpy(), m.bias.detach().numpy())
-                                    for m in network.layers if hasattr(m, "weight")]
+                                    for m in network if hasattr(m, "weight")]
     h = np.maximum(s.numpy() @ w1.T + b1, 0)
     h = np.maximum(h @ w2.T + b2, 0)
     np.testing.assert_allclose(network(s).detach().numpy(), h @ w3.T + b3, rtol=1e-4, atol=1e-3)
@@ -81,7 +81,7 @@ def test_parameters_at_gpt2s_scale():
         weight = torch.empty(50257, 768)
         head = ChameleonHead(weight, rank=4, alpha=8.0, n_clusters=1)
     assert sum(p.numel() for p in head.hypernetwork.parameters()) == 6_786_596
-    assert (head.hypernetwork.layers[-1].out_features) == 204_100 == 4 * (768 + 50257)
+    assert (head.hypernetwork[-1].out_features) == 204_100 == 4 * (768 + 50257)
 
 
 def test_an_untrained_head_gives_the_frozen_heads_logits(gpt):

@@ -450,8 +450,8 @@ def test_a_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_sta
     original = core.losses
     calls = iter(range(1000))
 
-    def poisoned(*args):
-        return original(*args) * (float("nan") if next(calls) == 5 else 1)
+    def poisoned(*args, **kinds):
+        return original(*args, **kinds) * (float("nan") if next(calls) == 5 else 1)
 
     with monkeypatch.context() as patch:
         patch.setattr(core, "losses", poisoned)
@@ -661,12 +661,6 @@ def test_accumulated_batches_train_as_one_large_batch(
     assert norms[:18] == pytest.approx(norms[18:], rel=1e-4)  # before the optimizer rescales them
 
 
-def test_float16_trains_with_scaled_losses(arguments):
-    run = train.main([*arguments, "--dtype", "float16", "--methods", "frozen"])
-    records = [r["loss"] for r in read_records(run) if r["method"] == "base"]
-    assert records[-1] < records[0] - 0.1
-
-
 def test_a_grid_of_other_settings_is_refused_before_anything_is_written(arguments, finished):
     grid = [*arguments, "--methods", "scaled", "--lr", "1e-3,1e-2"]
     train.main(grid)
@@ -685,10 +679,10 @@ def test_a_place_that_is_taken_is_refused_before_a_grid_is_trained(arguments, fi
 def test_of_a_grid_a_rate_that_diverges_loses(arguments, finished, monkeypatch):
     losses = core.losses
 
-    def diverging(model, *batch):
+    def diverging(model, *batch, **kinds):
         calls[path] = calls.get(path, 0) + 1  # the second evaluation is the first to see it
         late = path.stem.endswith("0.1") and calls[path] > 4
-        return losses(model, *batch) * (float("nan") if late else 1)
+        return losses(model, *batch, **kinds) * (float("nan") if late else 1)
 
     def fit(run, at, *rest):
         nonlocal path
