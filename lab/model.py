@@ -29,9 +29,11 @@ class GPT(core.GPT):
 
     def __init__(self, config):
         super().__init__(config)
-        for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # drawn twice: so were the bases of results/
+        for name, p in self.named_parameters():  # so started the bases of results/
+            if name.endswith("c_proj.weight"):  # drawn twice
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:  # whatever the width
+                p.data *= math.sqrt(config.n_embd / 768)
 
     def forward(self, tokens, statistics=None, start=0, cache=None, position=None):
         """Logits (B, T - start, V), as the core's; soft prompts go without a cache."""
