@@ -36,7 +36,7 @@ from model import GPT, SIZES, GPTConfig, LoRAHead, add_lora, find_gpt2, load_gpt
 
 # Each method's peak learning rate: the best of a grid, on validation, for the default job
 # (results/python). They need not be equal: a rate that nobody chose favours whom it suits.
-RATES = {"lora": 1e-2, "lora-match": 3e-3, "chameleon": 1e-2}
+RATES = {"lora": 1e-2, "lora-match": 1e-2, "chameleon": 1e-2}
 HUB_BASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BASE_BATCH_SIZE = 16  # rows
 OF_A_CALL = {"resume", "out", "device"}  # flags that a run does not keep
@@ -492,8 +492,8 @@ def make_parser():
     add("--lr", type=rate, help="of the adapters (default: each method's own, "
         f"{', '.join(f'{name} {value:g}' for name, value in RATES.items())})")
     add("--epochs", type=number(float, 1e-9, 1e6), default=1.0, help="the adapters' passes")
-    add("--max-steps", type=count, default=100, help="but at most so many steps of an adapter")
-    add("--batch-size", type=count, default=32, metavar="B", help="rows in an adapter's batch")
+    add("--max-steps", type=count, default=60, help="but at most so many steps of an adapter")
+    add("--batch-size", type=count, default=16, metavar="B", help="rows in an adapter's batch")
     add("--batches", choices=("shuffled", "clustered"), default="shuffled", help="chameleon's: any "
         "rows, each with the statistic of its cluster, or the paper's, each of one cluster")
     add("--cluster-size", type=count, default=8, metavar="N", help="rows in a cluster, on average")
