@@ -36,7 +36,7 @@ from model import GPT, SIZES, GPTConfig, LoRAHead, add_lora, find_gpt2, load_gpt
 
 # Each method's peak learning rate: the best of a grid, on validation, for the default job
 # (results/python). They need not be equal: a rate that nobody chose favours whom it suits.
-RATES = {"lora": 1e-2, "lora-match": 1e-2, "chameleon": 1e-2}
+RATES = {"lora": 3e-2, "lora-match": 1e-2, "chameleon": 1e-2}
 HUB_BASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BASE_BATCH_SIZE = 16  # rows
 OF_A_CALL = {"resume", "out", "device"}  # flags that a run does not keep
