@@ -234,18 +234,18 @@ CONTROLS = ("own prompt", "another cluster", "nothing", "true kind", "no own doc
 
 
 class CountsHead(LMHead):
-    """logits = W h + (alpha / r) B A h + b_own(a_own h) + b_company(a_company h)
+    """logits = W h + dose (alpha / r) B A h + b_own (g_own h) + b_company (g_company h)
 
     b_w = log((c_w + a) / (e_w + a)): c_w is how often word w stood in the prompts, e_w how often
-    the frozen base expected it there, and a is trained. So B (V, 2) is written from the cluster's
-    aggregated statistic and A (2, C), the gates, is trained: a low-rank update, at LoRA's cost.
+    the frozen base expected it there, and a is trained. So b (V, 2) is written from the cluster's
+    aggregated statistic and g (2, C), the gates, is trained: a low-rank update, at LoRA's cost.
     (Fast marginal adaptation, Kneser, Peters & Klakow 1997, with a gate for each context.)
     """
 
     def __init__(self, weight, rank, alpha):
         super().__init__(weight)
         V, C = weight.shape
-        self.scale, self.n_own = alpha / rank, V
+        self.scale = alpha / rank
         self.lora_A, self.lora_B = lora_factors(C, V, rank)
         self.gate = nn.Linear(C, 2)
         nn.init.zeros_(self.gate.weight)
@@ -253,12 +253,28 @@ class CountsHead(LMHead):
         self.log_a = nn.Parameter(torch.zeros(2))
 
     def forward(self, hidden, statistics):
-        count, expected = statistics.view(len(statistics), 2, 2, -1).unbind(2)  # (B, 2, V) each
+        counts, dose = statistics[:, :-1], statistics[:, -1, None, None]
+        count, expected = counts.view(len(counts), 2, 2, -1).unbind(2)  # (B, 2, V) each
         a = self.log_a.exp()[:, None]
         b = ((count + a) / (expected + a)).log()  # (B, 2, V)
         update = self.gate(hidden) @ b  # (B, T, 2) @ (B, 2, V) -> (B, T, V)
         z = F.linear(hidden, self.scale * self.lora_A)  # (B, T, C) @ (C, r) -> (B, T, r)
-        return super().forward(hidden) + F.linear(z, self.lora_B) + update
+        return super().forward(hidden) + dose * F.linear(z, self.lora_B) + update
+
+
+class Dosed(LMHead):
+    """A trained head's update in a dose for each row: W h + dose (head(h) - W h)."""
+
+    def __init__(self, head):
+        super().__init__(head.weight)
+        self.head = head
+
+    def forward(self, hidden, statistics):
+        frozen = super().forward(hidden)
+        return frozen + statistics[:, -1, None, None] * (self.head(hidden) - frozen)
+
+
+DOSES = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])  # the first is what a head was trained with
 
 
 class Table:
@@ -285,6 +301,7 @@ ARMS = {
     "masks": ("masks", "shuffled", ""),
     "library": ("library", "shuffled", ""),
     "counts": ("counts", "shuffled", ""),
+    "counts-match": ("counts-match", "shuffled", ""),
     "counts, trained on own prompts": ("counts", "shuffled", "own prompt"),
 }
 
@@ -309,6 +326,8 @@ def make_head(name, weight, n_clusters):
         return ScaledHead(weight, rank, ratio * rank, n_clusters)
     if name == "counts":
         return CountsHead(weight, RANK, ALPHA)
+    if name == "counts-match":
+        return CountsHead(weight, match, ratio * match)
     rank = max(1, round(match / min(MaskedHead.M, n_clusters)))
     return MaskedHead(weight, rank, ratio * rank, name, n_clusters)
 
@@ -337,19 +356,38 @@ class Stream:
         points = features(mean(self.means[name]), self.center)
         return kmeans(points, max(1, round(len(points) / size)), core.generator(seed))[1]
 
-    def told(self, head, name, cluster, control, seed):
-        """What `head` is told of each row of a set; None for one that is told nothing."""
+    def told(self, head, name, cluster, control, seed, doses=None):
+        """What `head` is told of each row of a set; None for one that is told nothing.
+
+        doses: the losses (N, 5) of each row's prompt by dose, to choose the company's best by.
+        """
         rows = self.sets[name]
+
+        def of_company(x):
+            return company(x, cluster, control, rows.document, rows.kind, core.generator(seed))
+
+        dose = torch.ones(len(rows), 1)
+        if doses is not None:
+            dose = DOSES[of_company(doses).argmin(dim=1)][:, None]
         if isinstance(head, CountsHead):
-            own = self.counts[name]
-            total = company(own, cluster, control, rows.document, rows.kind, core.generator(seed))
-            return Table(own, total)
+            return Table(self.counts[name], of_company(self.counts[name]), dose)
+        if isinstance(head, Dosed):
+            return dose
         if not isinstance(head, ChameleonHead):
             return None
         if control == "nothing":
             return self.center.expand(len(rows), -1)
-        return mean(company(self.means[name], cluster, control, rows.document, rows.kind,
-                            core.generator(seed)))
+        return mean(of_company(self.means[name]))
+
+    def doses(self, run, model, name):
+        """Losses (N, 5) of each row's prompt, by dose of the head's update, without counts."""
+        rows = self.sets[name]
+        prompts = pick(rows, torch.arange(len(rows)))
+        prompts.length, prompts.prompt = rows.prompt, torch.ones_like(rows.prompt)
+        empty = torch.zeros(len(rows), 4 * len(self.weight) * isinstance(model.lm_head, CountsHead))
+        tables = (Table(empty, dose.expand(len(rows), 1)) for dose in DOSES)
+        return torch.stack([core.score(run, model, prompts, table)[0].float()
+                            for table in tables], dim=1)
 
 
 def pick(rows, index):
@@ -413,23 +451,33 @@ def score_arm(run, stream, arm, seed, path=None):
     if path:
         tensors, info = read_tensors(path)
         core.load_weights(model, tensors, path)
-    told = isinstance(model.lm_head, (ChameleonHead, CountsHead))
-    entries, losses = [], {}
-    for control in dict.fromkeys((trained or "", *(CONTROLS if told else ()))):
-        entry = {"name": arm, "control": control, "seed": seed, "lr": info["plan"].get("lr"),
+    head, entries, losses = model.lm_head, [], {}
+
+    def add(name, control, doses):
+        entry = {"name": name, "control": control, "seed": seed, "lr": info["plan"].get("lr"),
                  "parameters": core.n_trained(model)}
-        for name, rows in list(stream.sets.items())[1:]:
-            cluster = stream.cluster(name, seed)
-            table = stream.told(model.lm_head, name, cluster, control, seed)
+        for at, rows in list(stream.sets.items())[1:]:
+            table = stream.told(model.lm_head, at, stream.cluster(at, seed), control, seed,
+                                doses and doses[at])
             nll, count = core.score(run, model, rows, table)
-            entry[name] = {"nll_sum": float(nll.sum()), "n_tokens": int(count.sum()),
-                           "loss": float(nll.sum() / count.sum()),
-                           "kinds": by_kind(rows, nll, count)}
-            losses[f"{arm}/{control}/{seed}/{name}"] = nll.numpy()
+            entry[at] = {"nll_sum": float(nll.sum()), "n_tokens": int(count.sum()),
+                         "loss": float(nll.sum() / count.sum()),
+                         "kinds": by_kind(rows, nll, count)}
+            losses[f"{name}/{control}/{seed}/{at}"] = nll.numpy()
         entries.append(entry)
-        print(f"{arm}, seed {seed}{', told ' * bool(control)}{control}: "
-              + ", ".join(f"{name} {entry[name]['loss']:.4f}" for name in list(stream.sets)[1:]),
+        print(f"{name}, seed {seed}{', told ' * bool(control)}{control}: "
+              + ", ".join(f"{at} {entry[at]['loss']:.4f}" for at in list(stream.sets)[1:]),
               flush=True)
+
+    told = isinstance(head, (ChameleonHead, CountsHead))
+    for control in dict.fromkeys((trained or "", *(CONTROLS if told else ()))):
+        add(arm, control, None)
+    if isinstance(head, (LoRAHead, CountsHead)) and not trained:
+        if isinstance(head, LoRAHead):
+            model.lm_head = Dosed(head)
+        doses = {at: stream.doses(run, model, at) for at in list(stream.sets)[1:]}
+        for control in ("", *CONTROLS):
+            add(f"{arm}, dosed", control, doses)
     return entries, losses
 
 
@@ -490,6 +538,14 @@ CLAIMS = [  # which kinds, whose loss, less whose
     ("unseen", ("lora-match", ""), ("frozen", "")),
     ("unseen", ("chameleon", ""), ("frozen", "")),
     ("unseen", ("scaled", ""), ("lora-match", "")),
+    ("seen", ("counts-match", ""), ("lora-match", "")),
+    ("seen", ("counts-match", "another cluster"), ("counts-match", "")),
+    ("seen", ("counts-match, dosed", ""), ("lora-match", "")),
+    ("unseen", ("lora-match, dosed", ""), ("frozen", "")),
+    ("unseen", ("lora-match, dosed", ""), ("lora-match, dosed", "own prompt")),
+    ("unseen", ("counts-match, dosed", ""), ("frozen", "")),
+    ("unseen", ("counts-match, dosed", ""), ("lora", "")),
+    ("unseen", ("counts, dosed", ""), ("lora", "")),
     ("unseen", ("counts", ""), ("frozen", "")),
     ("unseen", ("counts", ""), ("lora", "")),
     ("unseen", ("counts", ""), ("counts, trained on own prompts", "own prompt")),

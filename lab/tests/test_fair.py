@@ -51,7 +51,7 @@ def kept_rows(N=6, n=9, p=4, V=11, C=8):
     torch.manual_seed(0)
     at = torch.arange(N)
     return fair.Kept(torch.randint(V, (N * n,)).int(), at * n, at * 0 + n, at * 0 + p,
-                     document=at // 2, states=torch.randn(N * n, C).half(), kind=at % 3)
+                     document=at // 2, states=torch.randn(N * n, C).half(), kind=at)
 
 
 def test_counts_are_those_of_the_prompt_and_what_the_frozen_base_expected_there():
@@ -83,7 +83,7 @@ def test_no_statistic_depends_on_a_scored_token_or_a_state_that_has_read_one():
 def test_the_counts_head_starts_frozen_and_adds_two_rows_of_counts():
     torch.manual_seed(0)
     W, hidden = torch.randn(11, 8), torch.randn(3, 5, 8)
-    statistics = torch.rand(3, 44) * 4
+    statistics = torch.rand(3, 45) * 4
     head = CountsHead(torch.nn.Parameter(W, requires_grad=False), 2, 4.0)
     frozen = LMHead(head.weight)(hidden)
     assert torch.allclose(head(hidden, statistics), frozen)
@@ -94,7 +94,8 @@ def test_the_counts_head_starts_frozen_and_adds_two_rows_of_counts():
     assert torch.allclose(logits.softmax(dim=2).sum(dim=2), torch.ones(3, 5))
     for b, t in itertools.product(range(3), range(5)):
         h = hidden[b, t]
-        expected = frozen[b, t] + 2.0 * head.lora_B @ (head.lora_A @ h)
+        dose = statistics[b, 44]
+        expected = frozen[b, t] + dose * 2.0 * head.lora_B @ (head.lora_A @ h)
         for j in range(2):  # own prompt, company
             count, model = statistics[b, 22 * j:22 * j + 11], statistics[b, 22 * j + 11:22 * j + 22]
             a = head.log_a[j].exp()
@@ -112,11 +113,39 @@ def test_scores_depend_on_no_batch():
     model = HeadAlone(GPTConfig(8, 11, 0, 1, 8), head)
     own = counts_of(rows, W)
     table = Table(own, company(own, torch.tensor([0, 0, 1, 1, 0, 1]), "", rows.document, rows.kind,
-                               None))
+                               None), torch.ones(6, 1))
     together = core.score(core.Run(None, torch.device("cpu")), model, rows, table)[0]
     alone = [core.losses(model, *rows.batch(torch.tensor([i])), table[torch.tensor([i])])
              for i in range(6)]
     assert torch.allclose(together, torch.cat(alone).double(), atol=1e-5)
+
+
+def test_a_dose_is_the_best_on_the_prompts_of_the_company_and_of_nothing_else():
+    rows, W = kept_rows(), torch.randn(11, 8)
+    at = torch.arange(len(rows))
+    tensors = {"weight": W} | {f"{split}.{n}": t for split in fair.SPLITS
+                               for n, t in vars(rows).items() if torch.is_tensor(t)}
+    stream, run = fair.Stream(tensors), core.Run(None, torch.device("cpu"))
+    stream.sets["train"] = rows
+    lora = fair.make_head("lora", W, 1)
+    lora.lora_B.data += torch.randn_like(lora.lora_B)
+    head = fair.Dosed(lora)
+    model = HeadAlone(stream.config, head)
+    doses = stream.doses(run, model, "train")
+    cluster = at % 2
+    told = stream.told(head, "train", cluster, "", 0, doses)
+    for i in range(len(rows)):
+        losses = []
+        for dose in (1, 0.75, 0.5, 0.25, 0):
+            total = 0
+            for j in at[cluster == cluster[i]].tolist():
+                for t in range(3):  # the prompt's tokens that something predicts
+                    h = rows.states[9 * j + t].float()
+                    logits = W @ h + dose * (lora(h) - W @ h)
+                    total -= logits.log_softmax(dim=0)[rows.tokens[9 * j + t + 1]]
+            losses.append(float(total))
+        assert told[i] == (1, 0.75, 0.5, 0.25, 0)[losses.index(min(losses))]
+    assert stream.told(head, "train", cluster, "nothing", 0, doses).eq(1).all()
 
 
 class Tiny:
@@ -196,7 +225,8 @@ def test_the_program(base, few_texts, tmp_path, capsys):
     arguments = [str(base), "--out", str(tmp_path / "f"), "--rows", "2",
                  "--passes", "1", "--seeds", "0,1", "--rates", "1e-2,1e-3"]
     entries = fair.main(arguments)
-    assert {e["name"] for e in entries} == {"frozen", *ARMS}
+    dosed = {f"{arm}, dosed" for arm in ("lora", "lora-match", "counts", "counts-match")}
+    assert {e["name"] for e in entries} == {"frozen", *ARMS, *dosed}
     kept = json.loads((tmp_path / "f" / "results.json").read_text())
     assert kept["entries"] == entries
     frozen = entries[0]["test, unseen"]
