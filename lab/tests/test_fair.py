@@ -143,7 +143,7 @@ def test_a_dose_is_the_best_on_the_prompts_of_the_company_and_of_nothing_else():
                     h = rows.states[9 * j + t].float()
                     logits = W @ h + dose * (lora(h) - W @ h)
                     total -= logits.log_softmax(dim=0)[rows.tokens[9 * j + t + 1]]
-            losses.append(float(total))
+            losses.append(total.item())
         assert told[i] == (1, 0.75, 0.5, 0.25, 0)[losses.index(min(losses))]
     assert stream.told(head, "train", cluster, "nothing", 0, doses).eq(1).all()
 
