@@ -3,6 +3,7 @@
     python -m lab.run train ...     # lab/train.py: a base, then adapters on it
     python -m lab.run eval RUN ...  # lab/eval.py: scores, tables, figures, continued prompts
     python -m lab.run fair BASE ... # lab/fair.py: heads on a base that knows other text
+    python -m lab.run when RUN ...  # lab/when.py: when it pays to adapt to the company
 """
 
 import importlib
@@ -10,9 +11,9 @@ import sys
 
 from common import UserError, run_cli
 
-USAGE = "python -m lab.run train ..., eval RUN ..., or fair BASE ... (each has --help)"
+USAGE = "python -m lab.run train ..., eval RUN ..., fair BASE ..., when RUN (each has --help)"
 
-COMMANDS = ("train", "eval", "fair")
+COMMANDS = ("train", "eval", "fair", "when")
 
 
 def answer(command, arguments):

