@@ -48,7 +48,7 @@ def scaling(b, out):
         torch.manual_seed(0)
         base = GPT(GPTConfig(2048, 4096 // shrink, 2, 3, 192)).to(b.device)
         tokens = torch.randint(4096 // shrink, (2, T))
-        return training_step(b, adapted(base, "lora"), our_loss(tokens, tokens), b.dtype)
+        return training_step(b, adapted(base, "lora"), our_loss(b, tokens, tokens), b.dtype)
 
     folder = tempfile.TemporaryDirectory()
     mapped_file = Path(folder.name) / "points"

@@ -119,13 +119,17 @@ def draw(found, path):
     print(f"wrote {path}")
 
 
-def main(argv=None):
+def make_parser():
     parser = core.Parser(prog="lab.run when")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("run", help="folder that lab.run fair wrote")
     parser.add_argument("--seeds", default="0,1,2",
                         type=lambda text: core.some(core.number(int, 0, 2**31), text))
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
     run = core.Run(Path(args.run), choose_device("cpu")[0])
     found = sweeps(Sweep(run, args.seeds))
     write_json(run.folder / "when.json", found)

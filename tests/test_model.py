@@ -103,10 +103,12 @@ def test_the_head_is_the_token_embedding(gpt):
 
 
 def test_a_new_gpt_has_gpt2s_scales():
-    fresh = GPT(GPTConfig(64, 500, n_layer=8, n_head=4, n_embd=64))
-    assert fresh.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert fresh.transformer.h[3].mlp.c_proj.weight.std().item() == pytest.approx(0.005, rel=0.1)
-    assert not fresh.transformer.h[0].attn.c_attn.bias.any()
+    for n_embd, std in ((768, 0.02), (192, 0.04)):  # in proportion to 1 / sqrt(n_embd)
+        fresh = GPT(GPTConfig(64, 500, n_layer=8, n_head=4, n_embd=n_embd))
+        assert fresh.transformer.wte.weight.std().item() == pytest.approx(std, rel=0.05)
+        into = fresh.transformer.h[3].mlp.c_proj.weight.std().item()
+        assert into == pytest.approx(std / 4, rel=0.1)
+        assert not fresh.transformer.h[0].attn.c_attn.bias.any()
 
 
 # ---------------------------------------------------------------------------------------- LoRA
