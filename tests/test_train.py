@@ -252,7 +252,8 @@ def test_another_runs_base_and_both_kinds_of_batches(finished_run, corpus, tmp_p
     out = train.main(["--dataset", str(corpus), "--base", str(finished_run / "base.safetensors"),
                       "--block-size", "24", "--methods", "chameleon", "--batches", batches,
                       "--max-steps", "8", "--evaluations", "2", "--dtype", "float32",
-                      "--lr", "3e-3", "--device", "cpu", "--cluster-size", "16", "--out", str(tmp_path / "r")])
+                      "--lr", "3e-3", "--device", "cpu", "--cluster-size", "16",
+                      "--out", str(tmp_path / "r")])
     first, last = [r["loss"] for r in train.read_records(out)]
     assert last < first
     assert not (out / "base.safetensors").exists()
