@@ -30,7 +30,7 @@ from tqdm import tqdm
 from cluster import cluster_batches, kmeans, shuffled_batches
 from common import (UserError, choose_device, choose_dtype, keep_freed_memory, parse_json,
                     read_tensors, read_text, run_cli, write_json, write_tensors, write_text)
-from data import IGNORE, Tokenizer, cut, load_documents
+from data import IGNORE, Tokenizer, cut, kinds, load_documents
 from hypernet import ChameleonHead, cluster_means, cluster_statistics, features, prompt_means
 from model import GPT, SIZES, GPTConfig, LoRAHead, add_lora, find_gpt2, load_gpt2
 
@@ -629,6 +629,11 @@ def main(argv=None):
     read = args.base_dataset if scratch else str(place)
     print(f"the base has read: {read} ({why_base}); the adapters will read: {args.dataset}, "
           f"{len(train):,} rows, {train.length.sum():,} tokens")
+    kind = torch.tensor([d.kind for d in documents["train"]])[train.document]  # (N,)
+    shares = kind.bincount(weights=train.length) / train.length.sum()
+    if len(shares) > 1:
+        print("of which " + ", ".join(f"{name} {share:.0%}" for name, share in
+                                      zip(kinds(args.dataset), shares.tolist(), strict=True)))
 
     # ---- Then it is written down, and trained.
     if run.rank == 0:

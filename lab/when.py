@@ -44,6 +44,7 @@ class Sweep:
     def __init__(self, run, seeds):
         tensors = read_tensors(run.folder / "states.safetensors")[0]
         self.run, self.stream, self.seeds = run, Stream(tensors), seeds
+        self.static = {}  # of rows, the best static head's loss for each seed
         self.models = {(arm, seed): load(run, self.stream, arm, seed)
                        for arm in ARMS for seed in seeds}
 
@@ -52,15 +53,18 @@ class Sweep:
         seen, weight = rows if seen is None else seen, self.stream.weight
         counts, means = counts_of(seen, weight), mean(means_of(seen, weight))
         one, found = torch.ones(len(rows), 1), []
-        frozen = HeadAlone(self.stream.config, make_head("frozen", weight, 1))
-        static = self.mean_loss(frozen, rows, None)
-        for seed in self.seeds:
+        key = tuple(rows.start.tolist())
+        if key not in self.static:
+            frozen = HeadAlone(self.stream.config, make_head("frozen", weight, 1))
+            least = self.mean_loss(frozen, rows, None)
+            self.static[key] = [min(least, *(self.mean_loss(self.models[arm, seed], rows, None)
+                                             for arm in ("lora", "lora-match")))
+                                for seed in self.seeds]
+        for seed, best in zip(self.seeds, self.static[key], strict=True):
             points = features(means, self.stream.center)
             cluster = kmeans(points, max(1, round(len(rows) / size)), core.generator(seed))[1]
             total = company(counts, cluster, "", rows.document, rows.kind, None)
             own = Table(counts, counts, one)
-            best = min(static, *(self.mean_loss(self.models[arm, seed], rows, None)
-                                 for arm in ("lora", "lora-match")))
             mine = self.mean_loss(self.models["counts", seed], rows, Table(counts, total, one))
             alone = self.mean_loss(self.models["counts, trained on own prompts", seed], rows, own)
             found.append((best - mine, alone - mine))

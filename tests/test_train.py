@@ -247,6 +247,15 @@ def test_more_methods_and_seeds_use_the_base_that_is_there(arguments, capsys):
     assert (out / "config.json").read_bytes() == kept  # a run that is refused changes nothing
 
 
+def test_the_share_of_each_kind_is_said(arguments, corpus, capsys):
+    names = [str(corpus), str(corpus / "text1.txt")]  # 8 equal files, and one of them
+    train.main([*arguments, "--dataset", ",".join(names), "--methods", "lora"])
+    said = capsys.readouterr().out.split("of which ")[1].splitlines()[0]
+    found = dict(part.rsplit(" ", 1) for part in said.split(", "))
+    assert list(found) == names
+    assert 80 < float(found[names[0]].rstrip("%")) < 93
+
+
 @pytest.mark.parametrize("batches", ["shuffled", "clustered"])
 def test_another_runs_base_and_both_kinds_of_batches(finished_run, corpus, tmp_path, batches):
     out = train.main(["--dataset", str(corpus), "--base", str(finished_run / "base.safetensors"),
