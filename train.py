@@ -388,17 +388,6 @@ def train_adapter(run, path, base, plan, train, validation):
     model, seed, size = make_adapter(base, plan), plan["seed"], plan["batch_size"]
     told = held_out = None
 
-    def batches(epoch):
-        if plan.get("batches") == "clustered":
-            return cluster_batches(cluster, size, generator(seed, epoch))
-        return shuffled_batches(train.length, size, generator(seed, epoch))
-
-    def statistics(index):
-        if told is None or plan["batches"] == "shuffled":
-            return None if told is None else told[index]
-        # The paper's: the statistic of what of the cluster is in the batch.
-        return cluster_statistics(means[index], count[index], cluster[index])
-
     if plan["method"] == "chameleon":
         head, embedding = model.lm_head, base.transformer.wte.weight
         means, count = prompt_means(train, embedding)
@@ -409,6 +398,20 @@ def train_adapter(run, path, base, plan, train, validation):
         their_means, their_count = prompt_means(validation, embedding)
         theirs = held_out_clusters(head, their_means, plan)
         held_out = cluster_statistics(their_means, their_count, theirs)
+
+    def batches(epoch):
+        if plan.get("batches") == "clustered":
+            return cluster_batches(cluster, size, generator(seed, epoch))
+        return shuffled_batches(train.length, size, generator(seed, epoch))
+
+    def statistics(index):
+        if told is None:
+            return None
+        if plan["batches"] == "shuffled":
+            return told[index]
+        # The paper's: the statistic of what of the cluster is in the batch.
+        return cluster_statistics(means[index], count[index], cluster[index])
+
     fit(run, path, model, plan, train, batches, statistics,
         lambda: score(run, model, validation, held_out))
 

@@ -28,8 +28,7 @@ ARMS = {"lora": "lora", "lora-match": "lora-match", "counts": "counts",
 
 
 def load(run, stream, arm, seed):
-    """A trained head of a finished fair test, from adapters/ or, of the first seed, the grid's
-    best."""
+    """A trained head of a finished fair test."""
     path = run.folder / "adapters" / f"{arm}-seed{seed}.safetensors"
     if not path.exists():
         raise UserError(f"{path} is missing; make it first: python -m lab.run fair ...")
@@ -44,60 +43,87 @@ class Sweep:
     def __init__(self, run, seeds):
         tensors = read_tensors(run.folder / "states.safetensors")[0]
         self.run, self.stream, self.seeds = run, Stream(tensors), seeds
-        self.static = {}  # of rows, the best static head's loss for each seed
+        self.known = {}
         self.models = {(arm, seed): load(run, self.stream, arm, seed)
                        for arm in ARMS for seed in seeds}
+        frozen = HeadAlone(self.stream.config, make_head("frozen", self.stream.weight, 1))
+        self.models |= {("frozen", seed): frozen for seed in seeds}
 
-    def losses(self, rows, size=CLUSTER, seen=None):
-        """Gain and worth of company (seeds,) on `rows`, whose statistics see `seen` alone."""
+    def losses(self, rows, size=CLUSTER, seen=None, n_scored=None):
+        """Sums of losses (seeds, 5) of the first n_scored `rows`, and tokens: of the frozen base,
+        lora, lora-match, counts, and counts on own prompts. Statistics see `seen` alone.
+        """
         seen, weight = rows if seen is None else seen, self.stream.weight
         counts, means = counts_of(seen, weight), mean(means_of(seen, weight))
-        one, found = torch.ones(len(rows), 1), []
-        key = tuple(rows.start.tolist())
-        if key not in self.static:
-            frozen = HeadAlone(self.stream.config, make_head("frozen", weight, 1))
-            least = self.mean_loss(frozen, rows, None)
-            self.static[key] = [min(least, *(self.mean_loss(self.models[arm, seed], rows, None)
-                                             for arm in ("lora", "lora-match")))
-                                for seed in self.seeds]
-        for seed, best in zip(self.seeds, self.static[key], strict=True):
+        scored = torch.arange(len(rows) if n_scored is None else n_scored)
+        some, one, sums = pick(rows, scored), torch.ones(len(rows), 1), []
+        for seed in self.seeds:
             points = features(means, self.stream.center)
             cluster = kmeans(points, max(1, round(len(rows) / size)), core.generator(seed))[1]
             total = company(counts, cluster, "", rows.document, rows.kind, None)
-            own = Table(counts, counts, one)
-            mine = self.mean_loss(self.models["counts", seed], rows, Table(counts, total, one))
-            alone = self.mean_loss(self.models["counts, trained on own prompts", seed], rows, own)
-            found.append((best - mine, alone - mine))
-        return torch.tensor(found).T.tolist()
+            static = [self.static(arm, seed, some) for arm in ("frozen", "lora", "lora-match")]
+            told = [self.loss("counts", seed, some, Table(counts, total, one)),
+                    self.loss("counts, trained on own prompts", seed, some,
+                              Table(counts, counts, one))]
+            sums.append(static + told)
+        return torch.tensor(sums), int((some.length - some.prompt).sum())
 
-    def mean_loss(self, model, rows, table):
-        nll, count = core.score(self.run, model, rows, table)
-        return float(nll.sum() / count.sum())
+    def loss(self, arm, seed, rows, table=None):
+        return float(core.score(self.run, self.models[arm, seed], rows, table)[0].sum())
+
+    def static(self, arm, seed, rows):
+        """The loss of a head that is told nothing: the same for every company."""
+        key = (arm, seed if arm != "frozen" else 0, *rows.start.tolist())
+        if key not in self.known:
+            self.known[key] = self.loss(arm, seed, rows)
+        return self.known[key]
 
 
-def some_rows(rows, kinds, n):
-    """n rows, as many of each of the kinds."""
-    each = [(rows.kind == k).nonzero()[:, 0][:max(1, n // len(kinds))] for k in kinds]
-    return pick(rows, torch.cat(each))
+def gain_and_worth(sums, n):
+    """Gain over the best static head, and worth of company, of each seed: two lists of nats."""
+    frozen, lora, match, counts, alone = (sums / n).T
+    best = torch.stack([frozen, lora, match]).amin(dim=0)
+    return (best - counts).tolist(), (alone - counts).tolist()
+
+
+def in_turn(rows, kind):
+    """Rows of a kind, one of each document, then a second of each, and so on: an index."""
+    mine = (rows.kind == kind).nonzero()[:, 0]
+    seen, turn = {}, []
+    for document in rows.document[mine].tolist():
+        turn.append(seen.get(document, 0))
+        seen[document] = turn[-1] + 1
+    return mine[torch.tensor(turn).argsort(stable=True)]
+
+
+def of_kinds(sweep, rows, n, in_all=64, size=8, scored=8):
+    """Gain and worth where n kinds share a stream of 64 rows: 8 rows of each kind are scored, the
+    same for every n, and the kinds take turns as the one that is scored."""
+    total, tokens, kinds = 0, 0, len(SEEN + UNSEEN)
+    order = [4, 0, 5, 1, 6, 2, 7, 3]  # of a kind that is unseen, one that is seen, and so on
+    for first in range(kinds):
+        mixed = [order[(first + i) % kinds] for i in range(n)]
+        index = [in_turn(rows, kind)[:in_all // n] for kind in mixed]
+        sums, count = sweep.losses(pick(rows, torch.cat(index)), size=size,
+                                   n_scored=min(scored, len(index[0])))
+        total, tokens = total + sums, tokens + count
+    return gain_and_worth(total, tokens)
 
 
 def sweeps(sweep):
     """Name of each sweep -> {x: (gain of each seed, worth of each seed)}."""
     rows = sweep.stream.rows["validation"]
     unseen = sweep.stream.sets["validation, unseen"]
-    found = {"rows in a cluster": {n: sweep.losses(unseen, size=n)
+    found = {"rows in a cluster": {n: gain_and_worth(*sweep.losses(unseen, size=n))
                                    for n in (1, 2, 4, 8, 16, 32, 64)}}
     found["tokens of a prompt"] = {}
     for n in (4, 8, 16, 32, 64):
         seen = replace(unseen, prompt=unseen.prompt.clamp(max=n))
-        found["tokens of a prompt"][n] = sweep.losses(unseen, seen=seen)
-    smallest = min(int((rows.kind == k).sum()) for k in range(len(SEEN + UNSEEN)))
-    order = [4, 0, 5, 1, 6, 2, 7, 3]  # of a kind that is unseen, one that is seen, and so on
-    found["kinds in the stream"] = {
-        n: sweep.losses(some_rows(rows, order[:n], smallest)) for n in (1, 2, 4, 8)}
+        found["tokens of a prompt"][n] = gain_and_worth(*sweep.losses(unseen, seen=seen))
+    found["kinds in the stream"] = {n: of_kinds(sweep, rows, n) for n in (1, 2, 4, 8)}
     names = SEEN + UNSEEN + OWN
     found["kind of text"] = {
-        names[k]: sweep.losses(pick(rows, (rows.kind == k).nonzero()[:, 0]))
+        names[k]: gain_and_worth(*sweep.losses(pick(rows, (rows.kind == k).nonzero()[:, 0])))
         for k in sorted(set(rows.kind.tolist()), reverse=True)}
     return found
 
