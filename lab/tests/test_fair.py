@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,3 +264,30 @@ def test_when_it_pays(base, few_texts, tmp_path):
     assert len(alone) == 2 and len(alone[0]) == 1
     with pytest.raises(UserError, match="is missing; make it first"):
         when.main([str(tmp_path / "f"), "--seeds", "1"])
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("folder", [p.parent for p in (ROOT / "results").glob("*/when.png")])
+def test_the_kept_tables_are_those_of_their_entries(folder):
+    entries = json.loads((folder / "results.json").read_text())["entries"]
+    page = (folder / "results.md").read_text(encoding="utf-8")
+    for split, which in itertools.product(("test", "validation"), ("seen", "unseen")):
+        assert fair.make_table(entries, split, which) in page
+    loss = {}
+    for e in entries:
+        loss.setdefault((e["name"], e["control"]), []).append(e.get("test, unseen", {}).get("loss"))
+    frozen = loss["frozen", ""][0]
+    mine = sum(loss["lora", ""]) / len(loss["lora", ""]) - frozen
+    assert f"| unseen | lora | frozen | {mine:+.4f} | {100 * (math.exp(mine) - 1):+.1f}% |" in page
+
+
+def test_readmes_percentages_stand_in_the_table():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    verdict = readme.split("## The verdict")[1].split("## The tour")[0]
+    page = (ROOT / "results/mixed/results.md").read_text(encoding="utf-8")
+    differences = page.split("## Differences")[1].split("## Validation loss")[0]
+    known = re.findall(r"[+-](\d+\.\d%)", differences)
+    said = re.findall(r"\d+\.\d%", verdict)
+    assert len(said) >= 4 and set(said) <= set(known)
