@@ -134,10 +134,13 @@ def draw(found, path):
         for i, label in enumerate(("gain over the best static head", "worth of company")):
             values = torch.tensor([point[i] for point in points.values()])  # (x, seeds)
             x = torch.arange(len(points))
-            axes.plot(x, values.mean(dim=1), "o-" if name != "kind of text" else "o",
-                      color=COLOURS[i], label=label)
-            axes.fill_between(x, values.amin(dim=1), values.amax(dim=1), color=COLOURS[i],
-                              alpha=0.2, linewidth=0)
+            mean_of, low, high = values.mean(dim=1), values.amin(dim=1), values.amax(dim=1)
+            if name == "kind of text":  # kinds have no order: nothing to connect
+                axes.errorbar(x, mean_of, torch.stack([mean_of - low, high - mean_of]), fmt="o",
+                              capsize=3, color=COLOURS[i], label=label)
+                continue
+            axes.plot(x, mean_of, "o-", color=COLOURS[i], label=label)
+            axes.fill_between(x, low, high, color=COLOURS[i], alpha=0.2, linewidth=0)
         axes.axhline(0, color="0.4", linewidth=1)
         axes.set(xlabel=name, ylabel="nats per token", xticks=range(len(points)))
         axes.set_xticklabels(points, rotation=30 if name == "kind of text" else 0)
