@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from cluster import kmeans, nearest
-from common import (UserError, choose_device, choose_dtype, keep_freed_memory, read_text, run_cli,
+from common import (UserError, choose_device, keep_freed_memory, read_text, run_cli,
                     write_json, write_text, whole_file)
 from data import IGNORE, RESPONSE, Tokenizer, cut, kinds, load_documents
 from hypernet import cluster_means, cluster_statistics, features, prompt_means
@@ -281,8 +281,6 @@ def make_parser():
     add("run", help="run folder that train.py wrote")
     add("--data-dir", help="where the data set lies (default: as in training)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    add("--dtype", choices=("float32", "bfloat16"), help="of matrix products (default: "
-        "as in training)")
     add("--prompts", metavar="FILE", help="continue the prompts in FILE, one a line (- is standard "
         "input), instead of scoring")
     add = parser.add_argument_group("with --prompts").add_argument
@@ -303,8 +301,7 @@ def main(argv=None):
     keep_freed_memory()
     config, (device, _) = read_config(args.run), choose_device(args.device)
     asked = config["args"]
-    dtype, _ = choose_dtype(args.dtype or asked["dtype"], device)
-    run = Run(Path(args.run), device, dtype)
+    run = Run(Path(args.run), device, getattr(torch, asked["dtype"]))
     tokenizer = Tokenizer.load(run.folder / "tokenizer.json")
     if args.prompts is not None:
         return answer(run, config, tokenizer, args)

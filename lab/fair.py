@@ -30,7 +30,7 @@ from data import SPLITS, Document, Tokenizer, cut, key_hash, read
 from hypernet import ChameleonHead, features
 from lab.data import Examples
 from lab.eval import T95, markdown, spread
-from lab.heads import MaskedHead, ScaledHead
+from lab.heads import ScaledHead
 from lab.model import HeadAlone
 from model import GPTConfig, LMHead, LoRAHead, lora_factors
 
@@ -310,8 +310,6 @@ ARMS = {
     "scaled": ("scaled", "shuffled", ""),
     "scaled, one cluster a batch": ("scaled", "clustered", ""),
     "scaled, trained on own prompts": ("scaled", "shuffled", "own prompt"),
-    "masks": ("masks", "shuffled", ""),
-    "library": ("library", "shuffled", ""),
     "counts": ("counts", "shuffled", ""),
     "counts-match": ("counts-match", "shuffled", ""),
     "counts-match, trained on own prompts": ("counts-match", "shuffled", "own prompt"),
@@ -339,10 +337,7 @@ def make_head(name, weight, n_clusters):
         return ScaledHead(weight, rank, ratio * rank, n_clusters)
     if name == "counts":
         return CountsHead(weight, RANK, ALPHA)
-    if name == "counts-match":
-        return CountsHead(weight, match, ratio * match)
-    rank = max(1, round(match / min(MaskedHead.M, n_clusters)))
-    return MaskedHead(weight, rank, ratio * rank, name, n_clusters)
+    return CountsHead(weight, match, ratio * match)
 
 
 class Stream:
@@ -442,8 +437,6 @@ def train_arm(run, stream, arm, seed, lr, passes, path):
         K = int(cluster.max()) + 1
         of_cluster = torch.zeros(K, summed.shape[1]).index_add_(0, cluster, summed)
         head.remember(mean(summed), mean(of_cluster))
-        if isinstance(head, MaskedHead):
-            head.choose_groups(features(mean(of_cluster), stream.center), core.generator(seed))
     model = HeadAlone(stream.config, head).to(run.device)
 
     def epoch(number):

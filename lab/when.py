@@ -15,16 +15,16 @@ import torch
 
 import train as core
 from cluster import kmeans
-from common import UserError, choose_device, read_tensors, whole_file, write_json
+from common import UserError, read_tensors, whole_file, write_json
 from eval import COLOURS
 from hypernet import features
+from lab import fair
 from lab.fair import (CLUSTER, OWN, SEEN, UNSEEN, Stream, counts_of, company, make_head, mean,
                       means_of, pick, Table)
 from lab.model import HeadAlone
 from matplotlib.figure import Figure
 
-ARMS = {"lora": "lora", "lora-match": "lora-match", "counts": "counts",
-        "counts, trained on own prompts": "counts"}
+ARMS = ("lora", "lora-match", "counts", "counts, trained on own prompts")
 
 
 def load(run, stream, arm, seed):
@@ -32,7 +32,7 @@ def load(run, stream, arm, seed):
     path = run.folder / "adapters" / f"{arm}-seed{seed}.safetensors"
     if not path.exists():
         raise UserError(f"{path} is missing; make it first: python -m lab.run fair ...")
-    model = HeadAlone(stream.config, make_head(ARMS[arm], stream.weight, 1))
+    model = HeadAlone(stream.config, make_head(fair.ARMS[arm][0], stream.weight, 1))
     core.load_weights(model, read_tensors(path)[0], path)
     return model
 
@@ -163,7 +163,7 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    run = core.Run(Path(args.run), choose_device("cpu")[0])
+    run = core.Run(Path(args.run), torch.device("cpu"))
     found = sweeps(Sweep(run, args.seeds))
     write_json(run.folder / "when.json", found)
     draw(found, run.folder / "when.png")
