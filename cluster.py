@@ -17,7 +17,8 @@ def nearest(points, centroids):
     """Nearest centroid of each point: points (N, C), centroids (K, C) -> cluster (N,), int64, and
     squared distance (N,). Ties go to the lower index.
     """
-    center = centroids.mean(dim=0)  # near zero, the digits that tell points apart are kept
+    # Near zero, the digits that tell points apart are kept; one far point does not move a median.
+    center = points[::len(points) // 1024 + 1].median(dim=0).values
     centroids = centroids - center
     half = centroids.square().sum(dim=1) / 2  # (K,)
     cluster, distance = [], []
@@ -41,7 +42,7 @@ def seeds(points, k, generator):
     if C > SKETCH:
         points = points @ torch.randn(C, SKETCH, generator=generator).to(points.device)
         # (N, C) @ (C, 64) -> (N, 64)
-    points = points - points.mean(dim=0)
+    points = points - points.median(dim=0).values  # as in `nearest`
     square = points.square().sum(dim=1)  # (N,)
     weight = torch.ones_like(square)  # the first is any point
     distance = torch.full_like(square, torch.inf)  # (N,), squared, to the nearest seed so far

@@ -33,7 +33,7 @@ def run_cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:  # OSError: a full disk, a file in the way
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(printable(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:  # CUDA has a class for this, CPU and MPS have not
         if not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
@@ -55,8 +55,48 @@ def whole_file(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:  # a full disk says nothing of the file
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_writer(folder):
+    """Hold `folder` against a second writer, until the block ends or the process dies; what a kill
+    has left of half-written files is cleared."""
+    folder, new = Path(folder), not Path(folder).exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{folder} is being written by {file.read(100).strip()}; wait for it, "
+                            f"or choose another --out") from None
+        except (ImportError, OSError):
+            print(f"{folder} cannot be locked here; let no second program write to it")
+        file.truncate(0)
+        file.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        for leftover in folder.rglob(".*.tmp"):
+            leftover.unlink()
+        try:
+            yield
+        finally:
+            if new and os.listdir(folder) == ["lock"]:  # nothing came of it
+                path.unlink()
+                folder.rmdir()
+
+
+def printable(text):
+    """Text as a terminal can be shown it: control characters, and those that turn the direction of
+    writing, are spelt out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+                   for c in str(text))
 
 
 def write_text(path, text):
@@ -91,8 +131,8 @@ def write_tensors(path, tensors, info):
     with whole_file(path) as temporary:
         try:
             save_file(flat, temporary, metadata={"info": json.dumps(info)})
-        except SafetensorError as error:  # a full disk, say
-            raise OSError(f"cannot write {path}: {error}") from None
+        except SafetensorError as error:  # its own word for a full disk
+            raise OSError(f"{error}") from None
 
 
 def read_tensors(path):
@@ -100,10 +140,14 @@ def read_tensors(path):
     try:
         with safe_open(path, framework="pt") as file:
             info = json.loads((file.metadata() or {})["info"])
-            return {name: file.get_tensor(name) for name in file.keys()}, info
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        odd = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+        if odd or not isinstance(info, dict):
+            raise ValueError(f"{odd[0]} holds a number that is not finite" if odd else "no header")
+        return tensors, info
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or train.py did not write it ({error})") from None
 
 

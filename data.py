@@ -16,14 +16,16 @@ import ast
 import base64
 import hashlib
 import os
+import re
 import sysconfig
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import UserError, parse_json, read_text, write_json, write_text
+from common import UserError, parse_json, printable, read_text, write_json, write_text
 
 SPLITS = ("train", "validation", "test")
 IGNORE = -1  # a target that is not scored
@@ -116,41 +118,66 @@ def read_wikitext(folder):
 
 
 def read_records(path):
-    """Records of a .jsonl file or a .json array: {instruction, output[, input]} or {text}."""
-    text = read_text(path)
-    if path.suffix.lower() == ".jsonl":
+    """Records of a JSON array or of JSON Lines, in one of the layouts that `understand` knows."""
+    text, unread = read_text(path), set()
+    if path.suffix.lower() == ".jsonl" or text.lstrip()[:1] != "[":
         records = [parse_json(line, f"{path}, line {number}")
                    for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
         records = parse_json(text, path)
-    for number, record in enumerate(records if isinstance(records, list) else [None], 1):
-        fields = record if isinstance(record, dict) else {}
-        given = [fields.get(name) or "" for name in ("instruction", "input", "output", "text")]
-        # Half of a surrogate pair, which JSON can spell, is no text: it becomes a question mark.
-        given = [v.encode(errors="replace").decode() if isinstance(v, str) else v for v in given]
-        instruction, extra, output, plain = given
-        known = "text" in fields or {"instruction", "output"} <= fields.keys()
-        if not known or not all(isinstance(value, str) for value in given):
+    for number, record in enumerate(records, 1):
+        given = record if isinstance(record, dict) else {}
+        record = {k: v for k, v in given.items() if v is not None}  # null: it is not there
+        parts, output, names = understand(record)
+        if output is None and len(record) < len(given):
+            continue
+        if not all(isinstance(part, str) for part in (*parts, output)):
             raise UserError(f'{path}, record {number}: expected an object with the strings '
-                            f'"instruction" and "output" (and perhaps "input"), or "text"')
-        if "text" in fields:
-            yield Document(plain, plain)
+                            f'"instruction" and "output" (and perhaps "input"), or "prompt" and '
+                            f'"completion", or "text", or with "messages"')
+        # Half of a surrogate pair, which JSON can spell, is no text: it becomes a question mark.
+        *parts, output = (v.encode(errors="replace").decode() for v in (*parts, output))
+        unread |= record.keys() - names
+        if not parts:
+            yield Document(output, output)
         else:
-            prompt = "\n".join(filter(None, (instruction.strip(), extra.strip())))
+            prompt = "\n".join(filter(None, (part.strip() for part in parts)))
             yield Document(prompt, output.strip(), prompt + RESPONSE)
+    if unread:
+        print(f"{printable(path)}: not read of its records: {printable(', '.join(sorted(unread)))}")
 
 
-def read_sections(path, name):
-    """Plain text, in sections of about 64 kB, or a fortieth of it, that end where a line ends."""
+def understand(record):
+    """What a record says, in a layout that is common: the parts of its prompt (none in plain text),
+    what follows them, and the names of the fields that were read. What follows is None in no known
+    layout."""
+    for first, more, output in (("instruction", "input", "output"), ("prompt", "", "completion"),
+                                ("instruction", "context", "response")):
+        if {first, output} <= record.keys():
+            return [record[first], record.get(more, "")], record[output], {first, more, output}
+    turns = record.get("messages")
+    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+        last = [i for i, turn in enumerate(turns) if turn.get("role") == "assistant"][-1:]
+        said = [turn.get("content") for turn in turns]
+        if last and last[0]:
+            return said[:last[0]], said[last[0]], {"messages"}
+    return [], record.get("text"), {"text"}
+
+
+def read_sections(path, name, split=None):
+    """Plain text, in sections of about 64 kB, or a fortieth of it, that end where a line ends; a
+    line that is longer than a section, or a third of the text, is cut."""
     section, size, number = [], 0, 0
     text = read_text(path)
+    longest = min(1 << 16, max(1000, len(text) // 3))
     for line in text.splitlines(keepends=True):
-        section.append(line)
-        size += len(line)
-        if size >= min(1 << 16, len(text) // 40):
-            yield Document(f"{name} {number}", "".join(section))
-            section, size, number = [], 0, number + 1
-    yield Document(f"{name} {number}", "".join(section))
+        for first in range(0, len(line), longest):
+            section.append(line[first:first + longest])
+            size += len(section[-1])
+            if size >= min(1 << 16, len(text) // 40):
+                yield Document(f"{name} {number}", "".join(section), split=split)
+                section, size, number = [], 0, number + 1
+    yield Document(f"{name} {number}", "".join(section), split=split)
 
 
 def fetch(name, wanted):
@@ -191,23 +218,57 @@ def read(name, data_dir):
                         f"{', '.join([*known, *HUB])}) nor a file or folder")
     if all((path / f"{split}.txt").exists() for split in SPLITS):
         return read_wikitext(path)
+    return read_files(path)
+
+
+def read_files(path):
+    """The documents of a .txt, .json or .jsonl file, or of all that are in a folder.
+
+    Where the files of a folder name their splits, these are kept: see `split_of`.
+    """
     root = path.parent if path.is_file() else path
-    paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    paths = [p for p in paths if p.suffix.lower() in (".txt", ".json", ".jsonl")]
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if not p.is_dir()
+                                                 or p.is_symlink())
+    paths = [p for p in found if p.suffix.lower() in (".txt", ".json", ".jsonl") and p.is_file()]
+    names = {p: p.relative_to(root).as_posix() for p in paths}
     if not paths:
         raise UserError(f"{path}: no .txt, .json or .jsonl file there")
-    if path.is_dir() and {"validation", "test"} & {p.stem.lower() for p in paths}:
-        raise UserError(f"{path}: a split is kept where train.txt, validation.txt and test.txt are "
-                        f"all there; add what is missing, or rename the others to have all split")
-    documents, texts = [], [p for p in paths if p.suffix.lower() == ".txt"]
+    if len(found) > len(paths):
+        endings = sorted({p.suffix or p.name for p in found if p not in names})
+        print(f"{printable(path)}: {len(found) - len(paths)} files not read, only .txt, .json and "
+              f".jsonl are, and no link to a folder: {printable(', '.join(endings)[:80])}")
+    split = {p: split_of(names[p]) if path.is_dir() else None for p in paths}
+    named = [p for p in paths if split[p]]
+    unnamed = [p for p in paths if not split[p]]
+    if named and (unnamed or "train" not in split.values()):
+        odd = f", and {names[unnamed[0]]} names none" if unnamed else ", and none names train"
+        raise UserError(f"{path}: {names[named[0]]} names a split{odd}; name the split of every "
+                        f"file, for example by folders train, validation and test, or rename it")
+    for name in SPLITS if named else ():
+        files = [names[p] for p in named if split[p] == name]
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        print(f"{printable(path)}: {name} is " + (printable(", ".join(files[:3])) + more if files
+                                                  else "made of a part of train"))
+    documents = []
     for p in paths:
-        if p not in texts:
-            documents += read_records(p)
-        elif len(texts) < 3:
-            documents += read_sections(p, p.relative_to(root).as_posix())
+        if p.suffix.lower() != ".txt":
+            documents += [replace(d, split=split[p]) for d in read_records(p)]
+        elif sum(q.suffix.lower() == ".txt" and split[q] == split[p] for q in paths) < 3:
+            documents += read_sections(p, names[p], split[p])
         else:  # a file is a document; its key must not depend on where the folder lies
-            documents.append(Document(p.relative_to(root).as_posix(), read_text(p)))
+            documents.append(Document(names[p], read_text(p), split=split[p]))
     return documents
+
+
+def split_of(name):
+    """The split that a file's place in its folder names, or None: Test.txt, x.train.jsonl,
+    dev/a.txt, train-00000-of-00001.jsonl."""
+    words = {"train": "train", "training": "train", "validation": "validation",
+             "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
+    found = {words[word] for word in re.split("[^a-z]+", name.lower()) if word in words}
+    if len(found) > 1:
+        raise UserError(f"{name} names two splits, {' and '.join(sorted(found))}; rename it")
+    return found.pop() if found else None
 
 
 def kinds(dataset):
@@ -220,23 +281,26 @@ def load_documents(dataset, data_dir):
     """Documents of one data set, or of several with commas between them, by split.
 
     What a publisher has not split is split 90/5/5 by the hash of each document's key: the same on
-    every machine, whatever the order, and equal keys on one side. Returns a dict of lists, and a
-    fingerprint of all text. Raises UserError for fewer than three documents.
+    every machine, whatever the order, and equal keys on one side. If validation or test alone is
+    missing, it is made of 5% of the training text. Returns a dict of lists, and a fingerprint of
+    all text. Raises UserError for too few documents.
     """
     by_split, digest = {split: [] for split in SPLITS}, hashlib.sha256()
     for kind, name in enumerate(kinds(dataset)):
         documents = [d for d in read(name, data_dir) if d.text.strip()]
-        unsplit = sorted({key_hash(d.key) for d in documents if d.split is None})
-        if len(unsplit) < 3 and not any(d.split for d in documents):
-            raise UserError(f"--dataset {name}: {len(unsplit)} documents with text; at least 3 are "
-                            f"needed, one each for training, validation and test")
-        n = max(1, round(0.05 * len(unsplit)))
+        published = {d.split for d in documents}
+        missing = [split for split in ("test", "validation") if split not in published]
+        dealt = sorted({key_hash(d.key) for d in documents if d.split in (None, "train")})
+        if len(dealt) <= len(missing):
+            raise UserError(f"--dataset {name}: {len(dealt)} documents with text; at least "
+                            f"{len(missing) + 1} are needed, one each for training"
+                            + "".join(f" and {split}" for split in missing))
+        n = max(1, round(0.05 * len(dealt)))
+        made = {place: missing[i // n] for i, place in enumerate(dealt[:n * len(missing)])}
         for document in documents:
             digest.update(repr(document).encode(errors="replace"))
-            if document.split is None:
-                place = key_hash(document.key)
-                document.split = ("test" if place < unsplit[n] else
-                                  "validation" if place < unsplit[2 * n] else "train")
+            if document.split in (None, "train"):
+                document.split = made.get(key_hash(document.key), "train")
             document.kind = kind
             by_split[document.split].append(document)
     return by_split, digest.hexdigest()[:16]
@@ -271,7 +335,7 @@ class Tokenizer:
             self._encoding = tiktoken.Encoding(spec["name"], pat_str=spec["pattern"],
                                                mergeable_ranks=ranks,
                                                special_tokens={END: len(ranks)})
-        self.encode, self.decode = self._encoding.encode_ordinary, self._encoding.decode
+        self.decode = self._encoding.decode
         self.vocab_size, self.end = self._encoding.n_vocab, self._encoding.eot_token
 
     @classmethod
@@ -293,15 +357,18 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged: no tokenizer ({error})") from None
 
+    def encode(self, text):
+        """Token ids. A long run of spaces makes tiktoken panic: such text is encoded in parts."""
+        if re.search(r"\s{10000}", text):
+            half = len(text) // 2
+            return self.encode(text[:half]) + self.encode(text[half:])
+        return self._encoding.encode_ordinary(text)
+
     def encode_documents(self, documents):
         """(prompt tokens, text tokens) of each document, by all cores."""
-        threads = os.cpu_count() or 1
-        for first in range(0, len(documents), 1024):
-            some = documents[first:first + 1024]
-            prompts = [d.prompt for d in some]
-            yield from zip(self._encoding.encode_ordinary_batch(prompts, num_threads=threads),
-                           self._encoding.encode_ordinary_batch([d.text for d in some],
-                                                                num_threads=threads), strict=True)
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            yield from zip(threads.map(self.encode, (d.prompt for d in documents)),
+                           threads.map(self.encode, (d.text for d in documents)), strict=True)
 
     def bytes_per_token(self):
         """(V,) bytes of text that each token stands for; 0 for the end token."""

@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from cluster import kmeans, nearest
-from common import (UserError, choose_device, keep_freed_memory, read_text, run_cli,
+from common import (UserError, choose_device, keep_freed_memory, printable, read_text, run_cli,
                     write_json, write_text, whole_file)
 from data import IGNORE, RESPONSE, Tokenizer, cut, kinds, load_documents
 from hypernet import cluster_means, cluster_statistics, features, prompt_means
@@ -58,11 +58,14 @@ def controls(head, means, count, cluster, document, seed):
 
 
 def score_run(run, config, tokenizer, splits):
-    """One entry for each adapter and control, for the table and results.json; and the features
-    (N, C) and clusters (N,) of the validation prompts, None without a chameleon."""
+    """One entry for each adapter and control, for the table and results.json; the features (N, C)
+    and clusters (N,) of the validation prompts, None without a chameleon; and what could not be
+    scored, a line each."""
     base = load_base(base_path(run.folder, config), run.device)
     mark, embedding, entries, clusters = fingerprint(base), base.transformer.wte.weight, [], None
-    sizes = tokenizer.bytes_per_token()
+    sizes, damaged = tokenizer.bytes_per_token(), []
+    if len(sizes) != base.config.vocab_size:
+        raise UserError(f"{run.folder / 'tokenizer.json'} is not the tokenizer of this base")
 
     def add(model, plan, control="", tables=None):
         entry = {"name": ", ".join(filter(None, (plan["method"], control))), "seed": plan["seed"],
@@ -79,7 +82,16 @@ def score_run(run, config, tokenizer, splits):
 
     add(base, {"method": "frozen", "seed": 0})
     for path in adapter_paths(run.folder):
-        model, plan = load_adapter(base, mark, path)
+        try:
+            model, plan = load_adapter(base, mark, path)
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        block_size = config["args"]["block_size"]
+        if plan.get("block_size", block_size) != block_size:
+            damaged.append(f"{path} was trained on rows of {plan['block_size']} tokens, not "
+                           f"{block_size}")
+            continue
         if plan["method"] != "chameleon":
             add(model, plan)
             continue
@@ -94,7 +106,7 @@ def score_run(run, config, tokenizer, splits):
         for control in tables["validation"]:
             if control in tables["test"]:
                 add(model, plan, control, tables)
-    return entries, clusters
+    return entries, clusters, damaged
 
 
 def scored_bytes(rows, sizes):
@@ -265,7 +277,7 @@ def answer(run, config, tokenizer, args):
             name = "training cluster" if assign else "cluster"
             print(f"# {name} {k + 1}: {int((cluster == k).sum())} prompts, one update")
         for i in (cluster == k).nonzero()[:, 0].tolist():
-            print(f"{texts[i]}[{tokenizer.decode(new[i])}]\n")
+            print(printable(f"{texts[i]}[{tokenizer.decode(new[i])}]\n"))
     if statistics is not None and not assign:
         print("These answers depend on each other's prompts; --assign gives some that do not.")
     return new
@@ -311,7 +323,7 @@ def main(argv=None):
                         f"made; put the old text back, or train again with another --out")
     splits = {split: cut(documents[split], tokenizer, asked["block_size"])
               for split in ("validation", "test")}
-    entries, clusters = score_run(run, config, tokenizer, splits)
+    entries, clusters, damaged = score_run(run, config, tokenizer, splits)
     table = make_table(entries)
     note = (f"Adapters on {asked['dataset']}; the base has read {config['read']}. Losses in nats "
             f"per scored token, {entries[0]['validation']['n_tokens']:,} of validation and "
@@ -327,6 +339,8 @@ def main(argv=None):
         of_document = torch.tensor([d.kind for d in documents["validation"]])
         draw_clusters(*clusters, of_document[splits["validation"].document],
                       kinds(asked["dataset"]), run.folder / "clusters.png")
+    if damaged:  # the others' work is kept
+        raise UserError(f"not scored: {'; '.join(damaged)}")
     return entries
 
 

@@ -28,8 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from cluster import cluster_batches, kmeans, shuffled_batches
-from common import (UserError, choose_device, choose_dtype, keep_freed_memory, parse_json,
-                    read_tensors, read_text, run_cli, write_json, write_tensors, write_text)
+from common import (UserError, choose_device, choose_dtype, keep_freed_memory, only_writer,
+                    parse_json, read_tensors, read_text, run_cli, write_json, write_tensors,
+                    write_text)
 from data import IGNORE, Tokenizer, cut, kinds, load_documents
 from hypernet import ChameleonHead, cluster_means, cluster_statistics, features, prompt_means
 from model import GPT, SIZES, GPTConfig, LoRAHead, add_lora, find_gpt2, load_gpt2
@@ -40,6 +41,12 @@ RATES = {"lora": 3e-2, "lora-match": 1e-2, "chameleon": 1e-2}
 HUB_BASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BASE_BATCH_SIZE = 16  # rows
 OF_A_CALL = {"resume", "out", "device"}  # flags that a run does not keep
+# Numbers in a checkpoint's header: the kind of each, and the smallest. Of those in the first line
+# none is larger than the file has numbers.
+SIZED = {"rank": 1, "clusters": 1, "vocab_size": 1, "n_layer": 0, "n_embd": 1}
+COUNTS = {"seed": 0, "steps": 1, "steps_per_epoch": 1, "batch_size": 1, "evaluations": 1,
+          "cluster_size": 1, "block_size": 1, "n_head": 1, "step": 0, "tokens": 0, **SIZED}
+REALS = {"lr": 0, "alpha": 0, "seconds": 0, "best": -1e300}
 LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}  # how many exist at a time
 
 
@@ -157,11 +164,14 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
     done = {"step": 0, "tokens": 0, "seconds": 0.0, "best": None}
     best = {}
     if state_path.exists():
-        tensors, info = read_tensors(state_path)
-        done = info["done"]
+        tensors, _, done = read_checkpoint(state_path)
         load_weights(model, under("model.", tensors), state_path)
         best = under("best.", tensors)
         moments = {i: under(f"moments.{i}.", tensors) for i in range(len(parameters))}
+        found = [{n: t.shape for n, t in m.items()} for m in moments.values()]
+        if found != [{"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                     for group in optimizer.param_groups for p in group["params"]]:
+            raise UserError(f"{state_path} is damaged: its moments do not fit this model")
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         print(f"{name}: going on from step {done['step']} of {total}")
 
@@ -213,7 +223,9 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
             if not math.isfinite(loss):
                 raise UserError(f"{name}: the loss is {loss} at step {done['step']}; lower "
                                 f"{'--base-lr' if whole else '--lr'}, with another --out")
-            bar.write(f"{name}: step {step + 1}/{total}, validation loss {loss:.4f}")
+            blind = math.log(model.config.vocab_size)
+            worse = f", worse than blind guessing ({blind:.1f}): lower the rate" * (loss > blind)
+            bar.write(f"{name}: step {step + 1}/{total}, validation loss {loss:.4f}{worse}")
             if done["best"] is None or loss < done["best"]:
                 done["best"] = loss
                 best = {n: t.detach().clone() for n, t in weights(model).items()}
@@ -233,6 +245,27 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
         dist.barrier()
     print(f"{name}: validation loss {done['best']:.4f}, {done['tokens'] / done['seconds']:,.0f} "
           f"tokens/s")
+
+
+def read_checkpoint(path):
+    """Tensors, plan and progress in a file that `fit` wrote; UserError for what it cannot have
+    written, so that nobody need ask again."""
+    tensors, info = read_tensors(path)
+    plan, done = info.get("plan"), info.get("done")
+    config = plan.get("config", {}) if isinstance(plan, dict) else None
+    if not all(isinstance(part, dict) for part in (plan, done, config)):
+        raise UserError(f"{path} is damaged: its header has no plan, or no progress")
+    most = sum(tensor.numel() for tensor in tensors.values())
+    for name, value in (plan | config | done).items():
+        low, high = (COUNTS | REALS).get(name, 0), most if name in SIZED else 1 << 53
+        kinds = {int} if name in COUNTS else {int, float}
+        known = name in COUNTS or name in REALS
+        if known and not (type(value) in kinds and low <= value <= high):
+            raise UserError(f"{path} is damaged: its header says {name} = {str(value)[:40]}")
+    wanted = {"step", "tokens", "seconds", "best"} - done.keys() or {"method", "seed"} - plan.keys()
+    if wanted:
+        raise UserError(f"{path} is damaged: its header does not say {min(wanted)}")
+    return tensors, plan, done
 
 
 def under(prefix, tensors):
@@ -261,7 +294,7 @@ def check_before(run, path, plan, resume):
     state_path = path.with_suffix(".state")
     for existing in (path, state_path):
         if existing.exists():
-            made_with = read_tensors(existing)[1]["plan"]
+            made_with = read_checkpoint(existing)[1]
             for key in plan:
                 if made_with.get(key) != plan[key]:
                     raise UserError(f"{existing} was made with {key} = {made_with.get(key)}, not "
@@ -282,7 +315,8 @@ def read_records(folder):
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and wanted <= record.keys():
+        if isinstance(record, dict) and wanted <= record.keys() and all(
+                type(record[n]) in (int, float) for n in wanted - {"method"}):
             records.append(record)
     return records
 
@@ -328,10 +362,15 @@ def load_base(path, device):
     if Path(path).is_dir():
         model = load_gpt2(path)
     else:
-        tensors, info = read_tensors(path)
-        if "config" not in info.get("plan", {}):
+        tensors, plan, _ = read_checkpoint(path)
+        sizes = plan.get("config", {})
+        if sizes.keys() != asdict(GPTConfig()).keys():
             raise UserError(f"{path} holds no base; name a base.safetensors or a GPT-2's folder")
-        model = GPT(GPTConfig(**info["plan"]["config"]))
+        L, C, words = sizes["n_layer"], sizes["n_embd"], sizes["vocab_size"] + sizes["block_size"]
+        most = sum(t.numel() for t in tensors.values())
+        if C % sizes["n_head"] or 12 * L * C * C + words * C > most:
+            raise UserError(f"{path} is damaged: its header says {sizes}")
+        model = GPT(GPTConfig(**sizes))
         load_weights(model, tensors, path)
     return model.to(device).requires_grad_(False).eval()
 
@@ -365,7 +404,7 @@ def n_trained(model):
 def adapter_plan(args, base, base_fingerprint, method, seed, n_rows):
     """Everything that shapes an adapter's training, as its file will remember it."""
     plan = {"method": method, "seed": seed, "base": base_fingerprint, "rank": args.rank,
-            "alpha": args.alpha, "lr": args.lr or RATES[method],
+            "alpha": args.alpha, "block_size": args.block_size, "lr": args.lr or RATES[method],
             **plan_steps(n_rows, args.batch_size, args.epochs, args.evaluations, args.max_steps)}
     told = {"clusters": max(1, round(n_rows / args.cluster_size)),
             "cluster_size": args.cluster_size, "batches": args.batches}
@@ -418,10 +457,14 @@ def train_adapter(run, path, base, plan, train, validation):
 
 def load_adapter(base, base_fingerprint, path):
     """The base with the adapter in `path` on it, and the plan that trained it."""
-    tensors, info = read_tensors(path)
-    plan = info.get("plan", {})
+    tensors, plan, _ = read_checkpoint(path)
     if plan.get("base") != base_fingerprint:
         raise UserError(f"{path} is not an adapter of this base")
+    wanted = {"rank", "alpha"} | ({"clusters", "cluster_size"} if plan["method"] == "chameleon"
+                                  else set())
+    if path.stem != f"{plan['method']}-seed{plan['seed']}" or not wanted <= plan.keys():
+        raise UserError(f"{path} holds {plan['method']}, seed {plan['seed']}, and not what its "
+                        f"name says, or its header is damaged")
     model = make_adapter(base, plan)
     load_weights(model, tensors, path)
     return model.eval(), plan
@@ -513,6 +556,11 @@ def parse(argv):
     names = [Path(name).resolve() for name in args.dataset.split(",")]
     args.out = args.out or "runs/" + "-".join(p.stem if p.is_file() else p.name for p in names)
     config = Path(args.out) / "config.json"
+    try:
+        "".join(map(str, vars(args).values())).encode()
+    except UnicodeEncodeError:  # no page and no JSON could name it
+        raise UserError("a name that is not UTF-8 stands among the flags; rename that file "
+                        "or folder") from None
     if args.resume and not config.exists():
         raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
     if args.resume:
@@ -528,10 +576,19 @@ def read_config(folder):
         raise UserError(f"{folder} holds no run; train one first: python train.py")
     config = parse_json(read_text(path), path)
     flags = vars(make_parser().parse_args([])).keys() - OF_A_CALL
-    wanted = {"args", "data", "base", "read", "instructions"}
-    if not (isinstance(config, dict) and wanted <= config.keys()
-            and isinstance(config["args"], dict) and config["args"].keys() == flags):
+    wanted = {"args": dict, "data": str, "base": str, "read": str, "instructions": bool}
+    if not (isinstance(config, dict) and config.get("args", {}).keys() == flags
+            and all(isinstance(config.get(name), kind) for name, kind in wanted.items())):
         raise UserError(f"{path} is not what this train.py wrote")
+    given = [f"--{name.replace('_', '-')}="
+             + (",".join(map(str, value)) if isinstance(value, list) else str(value))
+             for name, value in config["args"].items() if value is not None]
+    try:  # what a flag may not be, a file may not say
+        same = vars(make_parser().parse_args(given)).items() >= config["args"].items()
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not same:
+        raise UserError(f"{path} is damaged: it has numbers that are spelt as text")
     return config
 
 
@@ -570,6 +627,13 @@ def main(argv=None):
     """Train what the arguments ask for; returns the run folder's path."""
     args = parse(argv)
     keep_freed_memory()
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started
+    with only_writer(args.out) if first else nullcontext():
+        return train(args)
+
+
+def train(args):
+    """Read and check everything, then train."""
     device, why_device = choose_device(args.device)
     run = Run(Path(args.out), device)
     join_processes(run)
@@ -609,7 +673,7 @@ def main(argv=None):
         return [cut(documents[split], tokenizer, args.block_size)
                 for split in ("train", "validation")]
 
-    train, validation = rows_of(documents)
+    rows, validation = rows_of(documents)
     if scratch:
         base_rows = rows_of(base_documents)
         plan = base_plan(args, tokenizer, base_text, len(base_rows[0]))
@@ -618,7 +682,7 @@ def main(argv=None):
              for name in args.methods for seed in args.seeds}
 
     def plan_of(name, seed):
-        return adapter_plan(args, base, mark, name, seed, len(train))
+        return adapter_plan(args, base, mark, name, seed, len(rows))
 
     if base is not None:
         if args.block_size > base.config.block_size or (
@@ -631,9 +695,9 @@ def main(argv=None):
             check_before(run, path, plan_of(*key), args.resume)
     read = args.base_dataset if scratch else str(place)
     print(f"the base has read: {read} ({why_base}); the adapters will read: {args.dataset}, "
-          f"{len(train):,} rows, {train.length.sum():,} tokens")
-    kind = torch.tensor([d.kind for d in documents["train"]])[train.document]  # (N,)
-    shares = kind.bincount(weights=train.length) / train.length.sum()
+          f"{len(rows):,} rows, {rows.length.sum():,} tokens")
+    kind = torch.tensor([d.kind for d in documents["train"]])[rows.document]  # (N,)
+    shares = kind.bincount(weights=rows.length) / rows.length.sum()
     if len(shares) > 1:
         print("of which " + ", ".join(f"{name} {share:.0%}" for name, share in
                                       zip(kinds(args.dataset), shares.tolist(), strict=True)))
@@ -654,7 +718,7 @@ def main(argv=None):
         if path.exists():
             print(f"{path}: trained before")
         else:
-            train_adapter(run, path, base, plan_of(*key), train, validation)
+            train_adapter(run, path, base, plan_of(*key), rows, validation)
     if run.world > 1:
         dist.destroy_process_group()
     print(f"done; the table and the figures: python eval.py {run.folder}")

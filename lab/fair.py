@@ -30,13 +30,14 @@ from data import SPLITS, Document, Tokenizer, cut, key_hash, read
 from hypernet import ChameleonHead, features
 from lab.data import Examples
 from lab.eval import T95, markdown, spread
-from lab.heads import ScaledHead
+from lab.heads import MaskedHead, ScaledHead
 from lab.model import HeadAlone
 from model import GPTConfig, LMHead, LoRAHead, lora_factors
 
 SEEN = ("wikitext2", "alpaca", "pycode", "pytables")
 UNSEEN = ("novel", "speeches", "pymanual", "headers")
-OWN = ("pydocs",)  # what a base of ours has read itself; in no table, see when.py
+OWN = "pydocs"  # what a base of ours has read itself; in no table, see when.py
+KINDS = (*SEEN, *UNSEEN, OWN)
 FILES = {"novel": "kinds/moby-dick.txt", "speeches": "kinds/state-of-the-union.txt"}
 RANK, ALPHA = 4, 8.0
 CLUSTER = 32  # rows, on average
@@ -108,8 +109,8 @@ def keep_states(base, stream, n_vocabulary):
     tensors = {"weight": base.weight[common].clone()}
     for split, kinds in stream.items():
         tokens, states, shape, at = [], [], [], 0
-        for number, r in enumerate(kinds.values()):
-            before = at
+        for name, r in kinds.items():
+            number, before = KINDS.index(name), at
             for index in torch.arange(len(r)).split(16):
                 read_tokens, _ = r.read(index)
                 hidden = base.hidden(read_tokens[:, :-1])  # (B, W - 1, C)
@@ -127,7 +128,7 @@ def keep_states(base, stream, n_vocabulary):
                                   number))
                     at += len(tokens[-1])
             n = int(r.length.sum())
-            print(f"{split}: {list(kinds)[number]}, {len(r)} rows, {n:,} tokens, "
+            print(f"{split}: {name}, {len(r)} rows, {n:,} tokens, "
                   f"{1 - (at - before) / n:.1%} of them outside the vocabulary", flush=True)
         columns = torch.tensor(shape).T.contiguous()
         names = ("start", "length", "prompt", "document", "kind")
@@ -300,20 +301,36 @@ class Table:
 # Peak learning rates of the grid: a head of few numbers takes larger steps.
 RATES = {"lora": (3e-3, 1e-2, 3e-2, 1e-1), "counts": (3e-3, 1e-2, 3e-2, 1e-1)}
 LARGE = (1e-3, 3e-3, 1e-2)
-# name: (head, batches, what it is told in training)
+
+
+@dataclass
+class Arm:
+    """A head and how it is trained."""
+
+    head: str
+    told: str = ""  # in training, see `company`
+    batches: str = "shuffled"
+    times: int = 1  # as many passes as the others, or twice as many
+
+
 ARMS = {
-    "lora": ("lora", "shuffled", None),
-    "lora-match": ("lora-match", "shuffled", None),
-    "chameleon": ("chameleon", "shuffled", ""),
-    "chameleon, one cluster a batch": ("chameleon", "clustered", ""),
-    "chameleon, trained on own prompts": ("chameleon", "shuffled", "own prompt"),
-    "scaled": ("scaled", "shuffled", ""),
-    "scaled, one cluster a batch": ("scaled", "clustered", ""),
-    "scaled, trained on own prompts": ("scaled", "shuffled", "own prompt"),
-    "counts": ("counts", "shuffled", ""),
-    "counts-match": ("counts-match", "shuffled", ""),
-    "counts-match, trained on own prompts": ("counts-match", "shuffled", "own prompt"),
-    "counts, trained on own prompts": ("counts", "shuffled", "own prompt"),
+    "lora": Arm("lora"),
+    "lora, twice as long": Arm("lora", times=2),
+    "lora-match": Arm("lora-match"),
+    "lora-match, twice as long": Arm("lora-match", times=2),
+    "chameleon": Arm("chameleon"),
+    "chameleon, one cluster a batch": Arm("chameleon", batches="clustered"),
+    "chameleon, trained on own prompts": Arm("chameleon", "own prompt"),
+    "scaled": Arm("scaled"),
+    "scaled, one cluster a batch": Arm("scaled", batches="clustered"),
+    "scaled, trained on own prompts": Arm("scaled", "own prompt"),
+    "masks": Arm("masks"),
+    "library": Arm("library"),
+    "counts": Arm("counts"),
+    "counts, trained on own prompts": Arm("counts", "own prompt"),
+    "counts-match": Arm("counts-match"),
+    "counts-match, twice as long": Arm("counts-match", times=2),
+    "counts-match, trained on own prompts": Arm("counts-match", "own prompt"),
 }
 
 
@@ -337,7 +354,10 @@ def make_head(name, weight, n_clusters):
         return ScaledHead(weight, rank, ratio * rank, n_clusters)
     if name == "counts":
         return CountsHead(weight, RANK, ALPHA)
-    return CountsHead(weight, match, ratio * match)
+    if name == "counts-match":
+        return CountsHead(weight, match, ratio * match)
+    rank = max(1, round(match / min(MaskedHead.M, n_clusters)))
+    return MaskedHead(weight, rank, ratio * rank, name, n_clusters)
 
 
 class Stream:
@@ -351,9 +371,10 @@ class Stream:
         self.sets = {"train": self.rows["train"]}
         for split in SPLITS[1:]:
             rows = self.rows[split]
-            seen, other = rows.kind < len(SEEN), rows.kind < len(SEEN + UNSEEN)
+            seen = torch.isin(rows.kind, self.rows["train"].kind)
             self.sets[f"{split}, seen"] = pick(rows, seen.nonzero()[:, 0])
-            self.sets[f"{split}, unseen"] = pick(rows, (other & ~seen).nonzero()[:, 0])
+            own = rows.kind == KINDS.index(OWN)
+            self.sets[f"{split}, unseen"] = pick(rows, (~seen & ~own).nonzero()[:, 0])
         self.means = {name: means_of(rows, self.weight) for name, rows in self.sets.items()}
         self.counts = {name: counts_of(rows, self.weight) for name, rows in self.sets.items()}
         self.center = mean(self.means["train"]).mean(dim=0)
@@ -421,8 +442,8 @@ def mean(summed):
 
 def train_arm(run, stream, arm, seed, lr, passes, path):
     """Train one head on the kept states; its best weights, on the seen kinds' validation."""
-    kind, batches, control = ARMS[arm]
-    rows, held = stream.sets["train"], "validation, seen"
+    this, rows, held = ARMS[arm], stream.sets["train"], "validation, seen"
+    passes = passes * this.times
     plan = {"method": arm, "seed": seed, "lr": lr, "passes": passes, "stream": stream.mark,
             **core.plan_steps(len(rows), 32, passes, passes)}
     core.check_before(run, path, plan, True)
@@ -430,39 +451,41 @@ def train_arm(run, stream, arm, seed, lr, passes, path):
         return
     torch.manual_seed(seed)
     cluster = stream.cluster("train", seed)
-    head = make_head(kind, stream.weight, int(cluster.max()) + 1)
-    told = stream.told(head, "train", cluster, control or "", seed)
+    head = make_head(this.head, stream.weight, int(cluster.max()) + 1)
+    told = stream.told(head, "train", cluster, this.told, seed)
     summed = stream.means["train"]
     if isinstance(head, ChameleonHead):
         K = int(cluster.max()) + 1
         of_cluster = torch.zeros(K, summed.shape[1]).index_add_(0, cluster, summed)
         head.remember(mean(summed), mean(of_cluster))
+        if isinstance(head, MaskedHead):
+            head.choose_groups(features(mean(of_cluster), stream.center), core.generator(seed))
     model = HeadAlone(stream.config, head).to(run.device)
 
     def epoch(number):
-        if batches == "clustered":
+        if this.batches == "clustered":
             return cluster_batches(cluster, 32, core.generator(seed, number))
         return shuffled_batches(rows.length, 32, core.generator(seed, number))
 
     def statistics(index):
         if told is None:
             return None
-        if batches == "clustered":  # the paper's: of what of the cluster is in the batch
+        if this.batches == "clustered":  # the paper's: of what of the cluster is in the batch
             group = cluster[index].unique(return_inverse=True)[1]
             total = torch.zeros(len(index), summed.shape[1]).index_add_(0, group, summed[index])
             return mean(total)[group]
         return told[index]
 
-    theirs = stream.told(head, held, stream.cluster(held, seed), control or "", seed)
+    theirs = stream.told(head, held, stream.cluster(held, seed), this.told, seed)
     core.fit(run, path, model, plan, rows, epoch, statistics,
              lambda: core.score(run, model, stream.sets[held], theirs))
 
 
 def score_arm(run, stream, arm, seed, path=None):
     """Entries of one trained head, or of the frozen one: an entry a control, losses of rows."""
-    kind, _, trained = ARMS.get(arm, ("frozen", None, None))
+    this = ARMS.get(arm, Arm("frozen"))
     n_clusters = int(stream.cluster("train", seed).max()) + 1
-    model = HeadAlone(stream.config, make_head(kind, stream.weight, n_clusters)).to(run.device)
+    model = HeadAlone(stream.config, make_head(this.head, stream.weight, n_clusters)).to(run.device)
     info = {"plan": {}}
     if path:
         tensors, info = read_tensors(path)
@@ -473,7 +496,7 @@ def score_arm(run, stream, arm, seed, path=None):
         entry = {"name": name, "control": control, "seed": seed, "lr": info["plan"].get("lr"),
                  "parameters": core.n_trained(model)}
         for at in stream.sets:  # controls are of the test alone
-            if at == "train" or (at.startswith("validation") and control != (trained or "")):
+            if at == "train" or (at.startswith("validation") and control != this.told):
                 continue
             rows = stream.sets[at]
             table = stream.told(model.lm_head, at, stream.cluster(at, seed), control, seed,
@@ -489,9 +512,9 @@ def score_arm(run, stream, arm, seed, path=None):
               flush=True)
 
     told = isinstance(head, (ChameleonHead, CountsHead))
-    for control in dict.fromkeys((trained or "", *(CONTROLS if told else ()))):
+    for control in dict.fromkeys((this.told, *(CONTROLS if told else ()))):
         add(arm, control, None)
-    if isinstance(head, (LoRAHead, CountsHead)) and not trained:
+    if isinstance(head, (LoRAHead, CountsHead)) and not this.told and this.times == 1:
         if isinstance(head, LoRAHead):
             model.lm_head = Dosed(head)
         doses = {at: stream.doses(run, model, at) for at in list(stream.sets)[1:]}
@@ -501,8 +524,7 @@ def score_arm(run, stream, arm, seed, path=None):
 
 
 def by_kind(rows, nll, count):
-    kinds = SEEN + UNSEEN + OWN
-    return {kinds[k]: float(nll[rows.kind == k].sum() / count[rows.kind == k].sum())
+    return {KINDS[k]: float(nll[rows.kind == k].sum() / count[rows.kind == k].sum())
             for k in rows.kind.unique().tolist()}
 
 
@@ -537,7 +559,7 @@ def make_table(entries, split, which):
     lines = [["head", "parameters", "rate", "loss", *(f"told {c}" for c in CONTROLS)]]
     for arm in dict.fromkeys(e["name"] for e in entries):
         mine = [e for e in entries if e["name"] == arm]
-        own = ARMS.get(arm, ("", "", ""))[2] or ""
+        own = ARMS[arm].told if arm in ARMS else ""
         cells = [arm, f"{mine[0]['parameters']:,}", f"{mine[0]['lr'] or 0:g}"]
         for control in (own, *CONTROLS):
             found = [e[name]["loss"] for e in mine if e["control"] == control and name in e]
@@ -595,7 +617,7 @@ def make_claims(stream, entries, losses, seeds):
               "95% over documents"]]
 
     def named(arm):
-        own = (ARMS.get(arm[0], ("", "", ""))[2] or "") == arm[1]
+        own = arm[1] == (ARMS[arm[0]].told if arm[0] in ARMS else "")
         return arm[0] if own else f"{arm[0]}, told {arm[1]}"
 
     for which, mine, theirs in CLAIMS:
@@ -610,6 +632,12 @@ def make_claims(stream, entries, losses, seeds):
 # ------------------------------------------------------------------------------------------ main
 
 
+def seen(name):
+    if name not in SEEN:
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(SEEN)}")
+    return name
+
+
 def make_parser():
     parser = core.Parser(prog="lab.run fair",
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -617,8 +645,10 @@ def make_parser():
     add("base", help="a base.safetensors that train.py made, or smollm2")
     add("--out", required=True, help="folder; what is there already is not made again")
     add("--data-dir", default="data", help="where wikitext2/, alpaca/ and kinds/ lie")
-    add("--rows", type=count, default=120, help="tokens of a kind to learn from, in rows of 257; "
-        "as many again are held out")
+    add("--seen", type=lambda text: core.some(seen, text), default=",".join(SEEN),
+        help="kinds that the heads learn from")
+    add("--rows", type=count, default=120, help="tokens of a kind to learn from, in rows of 257")
+    add("--held-out", type=count, default=60, help="as many in validation, and in test")
     add("--vocab-size", type=count, default=8192, help="the commonest tokens, which are scored")
     add("--passes", type=count, default=4)
     add("--seeds", type=lambda text: core.some(core.number(int, 0, 2**31), text), default="0,1,2")
@@ -639,7 +669,8 @@ def main(argv=None):
     out, device = Path(args.out), torch.device("cpu")
     run, states = core.Run(out, device), out / "states.safetensors"
     base = SmolLM2(device) if args.base == "smollm2" else Ours(Path(args.base), device)
-    asked = {"base": base.name, "rows": args.rows, "vocabulary": args.vocab_size}
+    asked = {"base": base.name, "seen": args.seen, "rows": args.rows,
+             "held out": args.held_out, "vocabulary": args.vocab_size}
     if states.exists():
         tensors, info = read_tensors(states)
         if info["asked"] != asked:
@@ -647,11 +678,12 @@ def main(argv=None):
                             f"--out, or delete that folder")
     else:
         found = {split: {} for split in SPLITS}
-        for kind in SEEN + UNSEEN + (() if args.base == "smollm2" else OWN):
+        for kind in (*args.seen, *UNSEEN, *([OWN] if args.base != "smollm2" else [])):
             documents = documents_of(kind, args.data_dir)
-            for split in SPLITS[(kind not in SEEN):]:
-                rows = cut(documents[split][:10 * args.rows], base.tokenizer, 256)
-                budget = 257 * (args.rows if split == "train" else args.rows // 2)
+            for split in SPLITS[(kind not in args.seen):]:
+                n = args.rows if split == "train" else args.held_out
+                rows = cut(documents[split][:10 * n], base.tokenizer, 256)
+                budget = 257 * n
                 chosen = choose_rows(rows, budget)
                 columns = {name: getattr(rows, name)[chosen]
                            for name in ("start", "length", "prompt", "document")}
@@ -663,7 +695,7 @@ def main(argv=None):
     entries, losses = score_arm(run, stream, "frozen", 0)
     grid = {}
     for arm in args.arms:
-        rates = args.rates or RATES.get(ARMS[arm][0], LARGE)
+        rates = args.rates or RATES.get(ARMS[arm].head, LARGE)
         paths = {lr: out / "grid" / f"{arm}-{lr:g}.safetensors" for lr in rates}
         for lr, path in paths.items():
             try:
@@ -684,7 +716,7 @@ def main(argv=None):
             entries += more
             losses |= theirs
     text = LEGEND + "".join(f"## {split.capitalize()}, {which} kinds: "
-                   f"{', '.join(SEEN if which == 'seen' else UNSEEN)}\n\n"
+                   f"{', '.join(args.seen if which == 'seen' else UNSEEN)}\n\n"
                    f"{make_table(entries, split, which)}\n"
                    for split in ("test", "validation") for which in ("seen", "unseen"))
     text += f"## Differences, test\n\n{make_claims(stream, entries, losses, args.seeds)}\n"

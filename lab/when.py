@@ -19,7 +19,7 @@ from common import UserError, read_tensors, whole_file, write_json
 from eval import COLOURS
 from hypernet import features
 from lab import fair
-from lab.fair import (CLUSTER, OWN, SEEN, UNSEEN, Stream, counts_of, company, make_head, mean,
+from lab.fair import (CLUSTER, KINDS, SEEN, UNSEEN, Stream, counts_of, company, make_head, mean,
                       means_of, pick, Table)
 from lab.model import HeadAlone
 from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def load(run, stream, arm, seed):
     path = run.folder / "adapters" / f"{arm}-seed{seed}.safetensors"
     if not path.exists():
         raise UserError(f"{path} is missing; make it first: python -m lab.run fair ...")
-    model = HeadAlone(stream.config, make_head(fair.ARMS[arm][0], stream.weight, 1))
+    model = HeadAlone(stream.config, make_head(fair.ARMS[arm].head, stream.weight, 1))
     core.load_weights(model, read_tensors(path)[0], path)
     return model
 
@@ -121,9 +121,8 @@ def sweeps(sweep):
         seen = replace(unseen, prompt=unseen.prompt.clamp(max=n))
         found["tokens of a prompt"][n] = gain_and_worth(*sweep.losses(unseen, seen=seen))
     found["kinds in the stream"] = {n: of_kinds(sweep, rows, n) for n in (1, 2, 4, 8)}
-    names = SEEN + UNSEEN + OWN
     found["kind of text"] = {
-        names[k]: gain_and_worth(*sweep.losses(pick(rows, (rows.kind == k).nonzero()[:, 0])))
+        KINDS[k]: gain_and_worth(*sweep.losses(pick(rows, (rows.kind == k).nonzero()[:, 0])))
         for k in sorted(set(rows.kind.tolist()), reverse=True)}
     return found
 

@@ -1,8 +1,10 @@
 """Text in, rows out: what is read, how it is split, and that no two rows share a token."""
 
+import itertools
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,6 @@ from hypothesis import strategies as st
 import data
 from common import UserError
 from data import IGNORE, SPLITS, Document, Tokenizer, cut, load_documents
-import itertools
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,71 @@ def test_a_published_split_is_kept(tmp_path):
         assert "Sec" in splits[split][1].text
 
 
+NAMED = [  # files of a folder, and the split of each
+    {"train.txt": "train", "val.txt": "validation"},
+    {"Train.TXT": "train", "Test.txt": "test"},
+    {"x.train.txt": "train", "x.dev.txt": "validation", "x.test.txt": "test"},
+    {"train/a.txt": "train", "train/b.jsonl": "train", "test/a.txt": "test"},
+    {"train-00000-of-00001.jsonl": "train", "valid-00000-of-00001.jsonl": "validation",
+     "test-00000-of-00001.jsonl": "test"},
+    {"training.txt": "train"},
+]
+
+
+@pytest.mark.parametrize("files", NAMED, ids=lambda files: " ".join(files))
+def test_a_split_that_file_names_tell_is_kept(tmp_path, capsys, files):
+    for name in files:
+        lines = [f"{name} {i}" for i in range(60)]
+        text = "\n".join(json.dumps({"text": line}) for line in lines) if name.endswith("jsonl") \
+            else "\n".join(lines)
+        write((tmp_path / name).parent, Path(name).name, text)
+    splits, _ = load_documents(str(tmp_path), ".")
+    printed = capsys.readouterr().out
+    for split in SPLITS:
+        words = {word for d in splits[split] for word in d.text.split() if not word.isdigit()}
+        own = {name for name in files if files[name] == split}
+        assert words == (own or words & {name for name in files if files[name] == "train"}) != set()
+        line = next(line for line in printed.splitlines() if f": {split} is " in line)
+        assert (all(name in line for name in own) and own) or "made of a part of train" in line
+    texts = [d.text for found in splits.values() for d in found]
+    assert len(texts) == len(set(texts))  # what was made of train is no longer in it
+
+
+@pytest.mark.parametrize("files, message", [
+    (["train.txt", "notes.txt"], "names a split, and notes.txt names none"),
+    (["test.txt", "validation.txt"], "and none names train"),
+    (["train/test.txt", "train/a.txt"], "names two splits, test and train"),
+])
+def test_a_split_that_cannot_be_told_is_refused(tmp_path, files, message):
+    for name in files:
+        write((tmp_path / name).parent, Path(name).name, "a\nb\nc\n")
+    with pytest.raises(UserError, match=message):
+        load_documents(str(tmp_path), ".")
+
+
+def test_what_is_not_read_is_mentioned(tmp_path, capsys):
+    write(tmp_path, "a.txt", "one\ntwo\nthree\n")
+    for name in ("b.md", "c.txt.gz", "d.csv"):
+        write(tmp_path, name, "?")
+    (tmp_path / "elsewhere").symlink_to(tmp_path.parent, target_is_directory=True)
+    load_documents(str(tmp_path), ".")
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "4 files not read" in line and all(end in line for end in (".csv", ".gz", ".md"))
+    assert "elsewhere" in line
+
+
+def test_text_in_one_line_or_with_old_line_ends_is_cut_into_documents(tmp_path):
+    for text in ("word " * 200_000, "\r".join(f"line {i}" for i in range(400))):
+        (tmp_path / "x.txt").write_bytes(text.encode())
+        splits, _ = load_documents(str(tmp_path / "x.txt"), ".")
+        assert sum(map(len, splits.values())) >= 15
+        assert max(len(d.text) for d in splits["train"]) <= 1 << 16
+        found = sorted((d.key for split in splits.values() for d in split),
+                       key=lambda key: int(key.split()[1]))
+        by_key = {d.key: d.text for split in splits.values() for d in split}
+        assert "".join(by_key[key] for key in found) == text.replace("\r", "\n")
+
+
 def test_several_data_sets_each_have_their_own_splits(tmp_path):
     for name, n in (("a", 40), ("b", 20)):
         write(tmp_path, f"{name}.jsonl",
@@ -138,12 +204,48 @@ def test_records_of_instructions(tmp_path):
         ("Add.\n1 1\n\n", "2"), ("Greet.\n\n", "Hi"), ("Nothing.\n\n", "")]
 
 
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("record, prompt, text", [
+    ({"prompt": "Add 1 1", "completion": " 2"}, "Add 1 1\n\n", "2"),
+    ({"instruction": "Add.", "context": "1 1", "response": "2", "category": "sums"},
+     "Add.\n1 1\n\n", "2"),
+    ({"instruction": "Add.", "input": "", "output": "2", "text": "All of it."}, "Add.\n\n", "2"),
+    ({"instruction": None, "output": None, "text": "Plain."}, "", "Plain."),
+    ({"messages": [turn("system", "Be brief."), turn("user", "1 1?"), turn("assistant", "2")]},
+     "Be brief.\n1 1?\n\n", "2"),
+    ({"messages": [turn("user", "a"), turn("assistant", "b"), turn("user", "c"),
+                   turn("assistant", "d")]}, "a\nb\nc\n\n", "d"),
+])
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_layouts_of_records(tmp_path, capsys, name, record, prompt, text):
+    """JSON Lines are read whatever the file is called; a record of nulls is passed over."""
+    lines = [json.dumps(record), json.dumps({"text": None})]
+    path = write(tmp_path, name, "\n".join(lines)) / name
+    assert [(d.prompt, d.text) for d in data.read_records(path)] == [(prompt, text)]
+    unread = {"category", "text"} & record.keys() if prompt else set()
+    assert ("not read of its records: " + ", ".join(unread) in capsys.readouterr().out) == (
+        unread != set())
+
+
+@pytest.mark.parametrize("record", [
+    {"messages": []}, {"messages": [turn("user", "a")]}, {"messages": [turn("assistant", "a")]},
+    {"messages": [turn("user", 1), turn("assistant", "a")]}, {"messages": ["a", "b"]},
+    {"prompt": "a"}, {"prompt": 0, "completion": "a"}, {"text": []}, {}])
+def test_records_of_no_layout_are_refused(tmp_path, record):
+    path = write(tmp_path, "x.jsonl", json.dumps(record)) / "x.jsonl"
+    with pytest.raises(UserError, match="record 1: expected an object"):
+        list(data.read_records(path))
+
+
 @pytest.mark.parametrize("name, text, message", [
-    ("x.json", "[", "is not JSON"), ("x.json", '{"text": "a"}', "record 1"),
+    ("x.json", "[", "is not JSON"), ("x.json", '{"text":', "line 1"),
     ("x.json", "[1]", "record 1"), ("x.jsonl", '{"text": "a"}\n{"text": 1}', "record 2"),
     ("x.jsonl", '{"text": "a"}\n{', "line 2"), ("x.json", "[" * 100000, "is not JSON"),
     ("x.json", '[{"instruction": "a"}]', "record 1"), ("x.txt", "one", "at least 3"),
-    ("x.pdf", "?", "no .txt, .json or .jsonl"), ("validation.txt", "a", "a split is kept"),
+    ("x.pdf", "?", "no .txt, .json or .jsonl"), ("validation.txt", "a", "and none names train"),
 ])
 def test_bad_files_are_refused_in_a_line(tmp_path, name, text, message):
     write(tmp_path, name, text)

@@ -128,6 +128,7 @@ def test_a_dose_is_the_best_on_the_prompts_of_the_company_and_of_nothing_else():
     at = torch.arange(len(rows))
     tensors = {"weight": W} | {f"{split}.{n}": t for split in fair.SPLITS
                                for n, t in vars(rows).items() if torch.is_tensor(t)}
+    tensors["train.kind"] = at * 0  # the other kinds are met only in use
     stream, run = fair.Stream(tensors), core.Run(None, torch.device("cpu"))
     stream.sets["train"] = rows
     lora = fair.make_head("lora", W, 1)
@@ -165,7 +166,7 @@ def test_kept_states_stand_before_the_tokens_that_they_predict():
     base, at = Tiny(), torch.arange(4)
     tokens = torch.cat([torch.randint(8, (36,)), torch.randint(20, (4,))]).int()[torch.randperm(40)]
     rows = Rows(tokens, at * 10, at * 0 + 10, at * 0 + 4, at)
-    tensors = fair.keep_states(base, {"train": {"a": rows}}, 8)
+    tensors = fair.keep_states(base, {"train": {"alpaca": rows}}, 8)
     kept = fair.Kept.load(tensors, "train")
     often = tokens.bincount(minlength=20).argsort(descending=True, stable=True)
     common = sorted(often[:8].tolist())
