@@ -577,8 +577,9 @@ def read_config(folder):
     config = parse_json(read_text(path), path)
     flags = vars(make_parser().parse_args([])).keys() - OF_A_CALL
     wanted = {"args": dict, "data": str, "base": str, "read": str, "instructions": bool}
-    if not (isinstance(config, dict) and config.get("args", {}).keys() == flags
-            and all(isinstance(config.get(name), kind) for name, kind in wanted.items())):
+    if not (isinstance(config, dict)
+            and all(isinstance(config.get(name), kind) for name, kind in wanted.items())
+            and config["args"].keys() == flags):
         raise UserError(f"{path} is not what this train.py wrote")
     given = [f"--{name.replace('_', '-')}="
              + (",".join(map(str, value)) if isinstance(value, list) else str(value))

@@ -1,0 +1,328 @@
+"""A run folder's files: damaged, odd, half written, held by another; odd names, odd text."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+import eval as evaluation
+import train
+from common import UserError, only_writer, printable, read_tensors, whole_file, write_tensors
+from data import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+ODD = [None, "4", -1, [], {}, True, math.nan, math.inf, 10**18, 0.5]
+
+
+@pytest.fixture
+def copy(finished_run, tmp_path):
+    """A run folder to spoil."""
+    return Path(shutil.copytree(finished_run, tmp_path / "copy"))
+
+
+def refused(read):
+    with pytest.raises(UserError) as error:
+        read()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+
+def spoil_header(path, change):
+    tensors, info = read_tensors(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(info, tensors)
+    write_tensors(path, tensors, info)
+
+
+def adapter(folder, name="chameleon"):
+    return folder / "adapters" / f"{name}-seed0.safetensors"
+
+
+def load(folder, name="chameleon"):
+    base = train.load_base(folder / "base.safetensors", torch.device("cpu"))
+    return train.load_adapter(base, train.fingerprint(base), adapter(folder, name))
+
+
+PLAN = ["method", "seed", "base", "rank", "alpha", "lr", "steps", "clusters", "cluster_size",
+        "batch_size"]
+SIZES = ["block_size", "vocab_size", "n_layer", "n_head", "n_embd"]
+
+
+@pytest.mark.parametrize("part, name", [("plan", n) for n in PLAN] + [("config", n) for n in SIZES]
+                         + [("done", n) for n in ("step", "tokens", "seconds", "best")])
+def test_a_header_that_cannot_be_is_refused(copy, part, name):
+    """No number of a header may be of another kind, out of bounds or too large for its tensors."""
+    path = copy / "base.safetensors" if part == "config" else adapter(copy)
+    honest = path.read_bytes()
+    reals = {"alpha", "lr", "seconds", "best"}
+    for value in [*ODD, 0]:
+        fits = (isinstance(value, float) and math.isfinite(value)) or type(value) is int
+        if name in reals and fits and (name == "best" or value >= 0):
+            continue
+        if value == 0 and type(value) is int and name in {"seed", "tokens", "step"}:
+            continue
+        if value == 10**18 and name not in {"rank", "clusters", *SIZES}:
+            continue
+
+        def change(info, tensors, value=value):
+            of = info["plan"]["config"] if part == "config" else info[part]
+            of[name] = value
+
+        path.write_bytes(honest)
+        spoil_header(path, change)
+        refused(lambda: load(copy))
+
+
+@pytest.mark.parametrize("change", [
+    lambda info, tensors: info.pop("plan"), lambda info, tensors: info.pop("done"),
+    lambda info, tensors: info.update(plan=[]), lambda info, tensors: info.update(done=5),
+    lambda info, tensors: info["plan"].update(config=7),
+    lambda info, tensors: info["plan"].pop("rank"), lambda info, tensors: info["plan"].pop("alpha"),
+    lambda info, tensors: info["plan"].pop("clusters"),
+    lambda info, tensors: info["plan"].update(method="lora"),
+    lambda info, tensors: tensors.popitem(),
+    lambda info, tensors: tensors.update(more=torch.ones(2)),
+    lambda info, tensors: tensors.update(dict.fromkeys(list(tensors)[:1], torch.ones(2))),
+    lambda info, tensors: next(iter(tensors.values())).fill_(math.nan),
+    lambda info, tensors: next(iter(tensors.values())).fill_(math.inf)])
+def test_a_checkpoint_that_cannot_be_is_refused(copy, change):
+    spoil_header(adapter(copy), change)
+    refused(lambda: load(copy))
+
+
+def test_an_adapter_under_anothers_name_is_refused(copy):
+    shutil.copy(adapter(copy, "lora"), adapter(copy, "lora-match"))
+    refused(lambda: load(copy, "lora-match"))
+    shutil.copy(copy / "base.safetensors", adapter(copy))
+    refused(lambda: load(copy))
+    shutil.copy(adapter(copy, "lora"), copy / "base.safetensors")
+    refused(lambda: load(copy))
+
+
+def test_what_could_be_scored_is_kept_when_an_adapter_is_damaged(copy, capsys):
+    spoil_header(adapter(copy, "lora"), lambda info, tensors: next(
+        iter(tensors.values())).fill_(math.nan))
+    with pytest.raises(UserError, match=r"not scored: .*lora-seed0.*not finite"):
+        evaluation.main([str(copy), "--device", "cpu"])
+    names = {e["name"] for e in json.loads((copy / "results.json").read_text())["entries"]}
+    assert {"frozen", "lora-match", "chameleon"} <= names and "lora" not in names
+    assert (copy / "loss.png").stat().st_size > 0
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+        st.sampled_from(["plan", "done", "config", "method", "seed", "rank", "step"]) | st.text(),
+        inner, max_size=4), max_leaves=12)
+
+
+@given(info=json_values)
+def test_any_header_is_read_or_refused(tmp_path_factory, info):
+    path = tmp_path_factory.mktemp("header") / "a.safetensors"
+    write_tensors(path, {"a": torch.ones(3)}, info)
+    try:
+        train.read_checkpoint(path)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+# ------------------------------------------------------------------------------------ text files
+
+SPOILT = ["", "[", "[" * 100_000, "null", "{}", "5", "[]", '"x"', '{"args": 5}', "\0\0", "{" * 9]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("text", SPOILT)
+def test_spoilt_text_files_are_refused(copy, name, text):
+    (copy / name).write_text(text)
+    refused(lambda: evaluation.main([str(copy), "--device", "cpu"]))
+    (copy / name).write_bytes(b"\xff\xfe{}")
+    refused(lambda: evaluation.main([str(copy), "--device", "cpu"]))
+
+
+def test_a_setting_that_no_flag_could_have_is_refused(copy):
+    path = copy / "config.json"
+    honest = json.loads(path.read_text())
+    for name in honest["args"]:
+        for value in [*ODD, 0, "nonsense", ["nonsense"]]:
+            spoilt = json.loads(json.dumps(honest))
+            spoilt["args"][name] = value
+            path.write_text(json.dumps(spoilt))
+            try:
+                read = train.read_config(copy)["args"][name]
+            except UserError as error:
+                assert "\n" not in str(error)
+            else:  # a flag may be that: a name, a rate, nothing where nothing is the default
+                assert isinstance(read, str) or name in {"lr", "epochs", "base_epochs", "alpha",
+                                                         "base_lr"} or read == 0
+    for name in ("data", "base", "read", "instructions"):
+        path.write_text(json.dumps(honest | {name: 5}))
+        refused(lambda: train.read_config(copy))
+
+
+def test_another_block_size_is_not_scored(copy):
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    config["args"]["block_size"] //= 2
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="was trained on rows of 24 tokens, not 12"):
+        evaluation.main([str(copy), "--device", "cpu"])
+
+
+def test_another_tokenizer_is_refused(copy):
+    Path(copy / "tokenizer.json").write_text(json.dumps(Tokenizer.learn(["a b c"], 260).spec))
+    refused(lambda: evaluation.main([str(copy), "--device", "cpu"]))
+
+
+@given(spec=json_values)
+def test_any_tokenizer_file_is_read_or_refused(tmp_path_factory, spec):
+    path = tmp_path_factory.mktemp("t") / "tokenizer.json"
+    path.write_text(json.dumps(spec))
+    refused(lambda: Tokenizer.load(path))
+
+
+records = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
+        ["text", "instruction", "input", "output", "prompt", "completion", "messages", "role",
+         "content", "method", "seed", "step", "tokens", "loss", "context", "response"]),
+        inner, max_size=5), max_leaves=12)
+
+
+@given(found=st.lists(records, max_size=4), lines=st.booleans())
+def test_any_records_are_read_or_refused(tmp_path_factory, found, lines):
+    folder = tmp_path_factory.mktemp("r")
+    for name in ("x.json", "x.jsonl", "metrics.jsonl"):
+        (folder / name).write_text("\n".join(map(json.dumps, found)) if lines
+                                   else json.dumps(found))
+    for name in ("x.json", "x.jsonl"):
+        try:
+            documents = list(data.read_records(folder / name))
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert all(isinstance(d.text, str) and isinstance(d.prompt, str) for d in documents)
+    for record in train.read_records(folder):
+        assert record["loss"] + record["tokens"] + record["step"] + record["seed"] is not None
+
+
+# ------------------------------------------------------------------------------- writers, kills
+
+
+def test_a_folder_has_one_writer(arguments, tmp_path):
+    """While a process holds the folder another gets one line that names it; death lets go."""
+    folder = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time\nfrom common import only_writer\n"
+         f"with only_writer({str(folder)!r}):\n print('held', flush=True)\n time.sleep(60)"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"written by process {holder.pid}, started 20"):
+        train.main(arguments)
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    assert train.main([*arguments, "--methods", "lora"]) == folder
+
+
+def test_a_folder_that_nothing_came_of_is_gone(arguments, tmp_path):
+    with pytest.raises(UserError):
+        train.main([*arguments, "--dataset", "nowhere"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_kill_leaves_is_cleared(arguments, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "adapters").mkdir(parents=True)
+    for name in (".config.json.tmp", ".tokenizer.json.tmp", "adapters/.lora-seed0.state.tmp"):
+        (folder / name).write_text("half")
+    train.main([*arguments, "--methods", "lora"])
+    assert not list(folder.rglob(".*"))
+    assert not list(folder.rglob("*.state"))
+
+
+def test_a_place_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks")))
+    with only_writer(tmp_path):
+        pass
+    assert "cannot be locked" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_told_with_the_files_name(tmp_path):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(UserError, match=r"cannot write .*a\.txt: No space left"):
+        with whole_file(tmp_path / "a.txt") as temporary:
+            os.symlink(full, temporary)
+            temporary.write_text("x")
+
+
+
+
+
+# ------------------------------------------------------------------------------- names and text
+
+
+@given(st.text())
+def test_what_is_shown_cannot_steer_a_terminal(text):
+    shown = printable(text)
+    assert all(c.isprintable() or c in "\n\t" for c in shown)
+    plain = "".join(c for c in text if c.isprintable())
+    assert [c for c in shown if c in plain or c in "\n\t"] != [] or not plain
+
+
+def test_prompts_and_answers_are_shown_escaped(finished_run, tmp_path, capsys):
+    prompt = "the \x1b]0;owned\x07 river \u202egnp"
+    (tmp_path / "p.txt").write_text(prompt)
+    evaluation.main([str(finished_run), "--prompts", str(tmp_path / "p.txt"), "--device", "cpu"])
+    shown = capsys.readouterr().out
+    assert "\\x1b]0;owned\\x07" in shown and "\\u202e" in shown
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_any_work(arguments, corpus, tmp_path):
+    name = os.fsdecode(os.fsencode(str(tmp_path)) + b"/\xff")
+    shutil.copytree(corpus, name)
+    with pytest.raises(UserError, match="not UTF-8"):
+        train.main([*arguments, "--dataset", name])
+    shutil.copytree(corpus, tmp_path / "good" / os.path.basename(name))  # within a folder it may be
+    assert train.main([*arguments, "--dataset", str(tmp_path / "good"), "--methods", "lora"])
+
+
+def test_a_run_goes_on_where_its_text_has_moved(arguments, corpus, tmp_path):
+    folder = train.main([*arguments, "--methods", "lora"])
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    train.main(["--out", str(folder), "--resume", "--dataset", str(moved), "--base-dataset",
+                str(moved), "--methods", "lora,chameleon"])
+    assert adapter(folder).exists()
+
+
+def test_a_run_of_spaces_is_encoded(finished_run):
+    tokenizer = Tokenizer.load(finished_run / "tokenizer.json")
+    for text in (" " * 300_000, "a" + "\n" * 50_000 + "b"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_help_with_a_closed_output():
+    done = subprocess.run(f"{sys.executable} train.py --help >&-", shell=True, cwd=ROOT, text=True,
+                          capture_output=True, timeout=120)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_worse_than_guessing_is_said(arguments, capsys):
+    train.main([*arguments, "--methods", "lora", "--lr", "30"])
+    assert "worse than blind guessing" in capsys.readouterr().out
