@@ -191,7 +191,10 @@ def load_gpt2(folder):
     try:
         sizes = {ours: given[theirs] for theirs, ours in GPT2_SHAPE.items()}
         model = GPT(GPTConfig(**sizes))
-        stored = load_file(folder / "model.safetensors")
+        index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+        if index.exists():  # large ones come in several files
+            files = set(parse_json(read_text(index), index)["weight_map"].values())
+        stored = {name: t for file in files for name, t in load_file(folder / file).items()}
     except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no GPT-2 ({type(error).__name__}: {error})") from None
     stored = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}

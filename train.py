@@ -259,7 +259,7 @@ def read_checkpoint(path):
     for name, value in (plan | config | done).items():
         low, high = (COUNTS | REALS).get(name, 0), most if name in SIZED else 1 << 53
         kinds = {int} if name in COUNTS else {int, float}
-        known = name in COUNTS or name in REALS
+        known = name in COUNTS or (name in REALS and (name, value) != ("best", None))  # none so far
         if known and not (type(value) in kinds and low <= value <= high):
             raise UserError(f"{path} is damaged: its header says {name} = {str(value)[:40]}")
     wanted = {"step", "tokens", "seconds", "best"} - done.keys() or {"method", "seed"} - plan.keys()

@@ -19,6 +19,7 @@ refused), and what was done (step, tokens, seconds, best validation loss).
 """
 
 import copy
+import itertools
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 
 from common import UserError, whole_file, write_json
 from lab.cache import CacheHead
+from lab.data import END
 from lab.flags import read_json
 from lab.heads import PromptTuningHead
 from lab.scoring import is_told
@@ -61,14 +63,56 @@ def write_weights(path, tensors):
         save_file(flat, temporary, metadata={"format": "pt"})
 
 
+def write_tokenizer(tokenizer, folder):
+    """Write a tokenizer for transformers' AutoTokenizer, which wants merges where tiktoken has
+    ranks: the two parts that a token is merged from are what the tokens before it leave of it.
+    """
+    encoding, parts = tokenizer._encoding, []
+    ranks = encoding._mergeable_ranks  # token bytes -> token id
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's spelling of bytes:
+    hidden = [b for b in range(256) if b not in visible]  # these are spelt from 256 on
+    spelt = {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+    def spell(token):
+        return "".join(spelt[b] for b in token)
+
+    for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
+        pieces = [bytes([b]) for b in token]
+        while len(pieces) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(pieces)]
+            i = pairs.index(min(pairs))
+            pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
+        if len(pieces) == 2:
+            parts.append([spell(piece) for piece in pieces])
+    split = {"type": "Split", "pattern": {"Regex": encoding._pat_str}, "behavior": "Isolated",
+             "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": False}
+    write_json(Path(folder) / "tokenizer.json", {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [{"id": tokenizer.end, "content": END, "special": True, "lstrip": False,
+                          "rstrip": False, "single_word": False, "normalized": False}],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "post_processor": None, "decoder": level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "byte_fallback": False,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "fuse_unk": False, "ignore_merges": False, "merges": parts,
+                  "vocab": {spell(token): rank for token, rank in ranks.items()}}})
+    write_json(Path(folder) / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": END,
+        "clean_up_tokenization_spaces": False})
+
+
 @torch.no_grad()
-def save_hf(model, folder, statistics=None):
-    """Write a GPT, adapters merged, to a folder for transformers' AutoModelForCausalLM.
+def save_hf(model, folder, tokenizer, statistics=None):
+    """Write a GPT, adapters merged, and its tokenizer to a folder for transformers'
+    AutoModelForCausalLM and AutoTokenizer.
 
     `model` stays as it is. LoRA in the transformer is added to the weights written; an update of
     the head makes a head (V, C) that is no longer tied to the token embedding. A head that is told
     statistics has an update per cluster: statistics (1, C) say for which. The last token ends a
-    text, as in both tokenizers here. Raises ValueError for missing statistics, and for a cache or
+    text, as in both tokenizers here. Without a tokenizer (None) AutoTokenizer opens an empty one
+    there, in silence. Raises ValueError for missing statistics, and for a cache or
     soft prompts, which a GPT-2 has no place for.
     """
     head, config = model.lm_head, model.config
@@ -88,6 +132,8 @@ def save_hf(model, folder, statistics=None):
     if A is not None:
         tensors["lm_head.weight"] = head.weight + (head.scale * B @ A).view_as(head.weight)
     end = config.vocab_size - 1
+    if tokenizer:
+        write_tokenizer(tokenizer, folder)
     write_weights(Path(folder) / "model.safetensors", tensors)
     write_json(Path(folder) / "config.json", {
         "model_type": "gpt2", **FIXED,
@@ -122,6 +168,10 @@ def save_peft(model, folder, head=True):
     if head and isinstance(model.lm_head, LoRAHead):
         layers["lm_head"] = model.lm_head
     first = next(iter(layers.values()))
+    short = sorted({name.split(".")[-1] for name in layers})
+    meant = {name for name, m in model.named_modules()  # what peft would put LoRA into
+             if isinstance(m, (LoRALinear, torch.nn.Linear, LMHead))
+             and name.split(".")[-1] in short}
     write_weights(Path(folder) / "adapter_model.safetensors", {
         f"{PEFT}{name}.{part}.weight": getattr(layer, part)
         for name, layer in layers.items() for part in ("lora_A", "lora_B")})
@@ -131,7 +181,7 @@ def save_peft(model, folder, head=True):
         "bias": "none", "inference_mode": True,
         # transformers keeps GPT-2's linear layers (in, out); peft corrects this for lm_head.
         "fan_in_fan_out": True,
-        "target_modules": sorted({name.split(".")[-1] for name in layers}),
+        "target_modules": short if meant == layers.keys() else sorted(layers),
     })
 
 

@@ -211,13 +211,22 @@ def text_metrics(corpus, dataset):
     except ImportError as error:
         raise UserError(f"--generations: {error.name} is not installed; pip install sacrebleu "
                         f"rouge-score") from None
-    scorer = RougeScorer(["rougeL"])
+
+    class Characters:
+        def tokenize(self, text):
+            return [c for c in text if not c.isspace()]
 
     def compare(found, wanted):
+        # Both know words by Latin letters and spaces: other writing is compared by characters.
+        letters = [c for text in wanted for c in text if c.isalpha()]
+        other = sum(not c.isascii() for c in letters) > 0.2 * len(letters)
+        if other:
+            print("BLEU and ROUGE-L by characters: the responses are not in Latin letters")
+        scorer = RougeScorer(["rougeL"], tokenizer=Characters() if other else None)
         pairs = zip(wanted, found, strict=True)
         rouge = [scorer.score(right, mine)["rougeL"].fmeasure for right, mine in pairs]
-        return {"bleu": sacrebleu.corpus_bleu(found, [wanted]).score,
-                "rouge_l": 100 * float(np.mean(rouge))}
+        bleu = sacrebleu.corpus_bleu(found, [wanted], tokenize="char" if other else "13a")
+        return {"bleu": bleu.score, "rouge_l": 100 * float(np.mean(rouge))}
 
     return compare
 

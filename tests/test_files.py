@@ -73,6 +73,8 @@ def test_a_header_that_cannot_be_is_refused(copy, part, name):
             continue
         if value == 0 and type(value) is int and name in {"seed", "tokens", "step"}:
             continue
+        if name == "best" and value is None:  # not evaluated so far
+            continue
         if value == 10**18 and name not in {"rank", "clusters", *SIZES}:
             continue
 

@@ -14,7 +14,7 @@ from common import UserError
 from lab.interop import load_peft, save_hf, save_peft, write_weights
 from lab.model import GPT, GPTConfig
 from lab.tests.conftest import WORDS
-from model import load_gpt2, merge_lora
+from model import LoRALinear, load_gpt2, merge_lora
 
 # Other people's warnings, about themselves, are not this project's.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -113,7 +113,7 @@ def test_a_model_saved_here_gives_the_same_logits_in_transformers(
     if merged:
         merge_lora(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    save_hf(model, tmp_path, statistics)
+    save_hf(model, tmp_path, None, statistics)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert opened.config.tie_word_embeddings == (not plan)
@@ -124,11 +124,11 @@ def test_a_model_saved_here_gives_the_same_logits_in_transformers(
 
 def test_what_a_gpt2_cannot_say_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="update per cluster"):
-        save_hf(ours(method="chameleon"), tmp_path)
+        save_hf(ours(method="chameleon"), tmp_path, None)
     with pytest.raises(ValueError, match="no place"):
-        save_hf(ours(method="company-cache"), tmp_path)
+        save_hf(ours(method="company-cache"), tmp_path, None)
     with pytest.raises(ValueError, match="no place"):
-        save_hf(ours(method="prompt-tuning"), tmp_path, torch.ones(1, C))
+        save_hf(ours(method="prompt-tuning"), tmp_path, None, torch.ones(1, C))
     assert not list(tmp_path.iterdir())
 
 
@@ -227,7 +227,7 @@ def test_an_adapter_saved_here_gives_the_same_logits_in_peft_and_again_here(
     save_peft(model, tmp_path / "peft", head=method == "lora")
     base = ours()
     base.load_state_dict(model.state_dict(), strict=False)  # the frozen part alone
-    save_hf(base, tmp_path / "base")
+    save_hf(base, tmp_path / "base", None)
     expected = model(batch()) if method == "lora" else model.hidden(batch()) @ base.lm_head.weight.T
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     same(peft.PeftModel.from_pretrained(opened, tmp_path / "peft").eval()(batch()).logits, expected)
@@ -281,3 +281,44 @@ def test_gpt2_ids_equal_transformers_on_the_same_files(transformers, tmp_path):
     text = " ".join(WORDS) + "\n\n\tIt's 1,234.5 é 漢字 🦎  don't\r\n <unk> @-@ = Title = \n"
     tokenizer = Tokenizer({"name": "gpt2"})
     assert tokenizer.encode(text) == expected(text)["input_ids"]
+
+
+# ------------------------------------------------------------------------------- what goes along
+
+
+@pytest.mark.parametrize("text", [
+    "the river runs, 12345 times; it's 3.5!\n\n  and on", "Größe naïve 河流 🙂\u200d🙂", " " * 40,
+    ""])
+def test_transformers_has_our_tokens(transformers, corpus, tmp_path, text):
+    texts = [p.read_text() for p in sorted(corpus.iterdir())] + ["Größe 河流, don't 12 345\n"] * 9
+    tokenizer = Tokenizer.learn(texts, 400)
+    save_hf(GPT(GPTConfig(8, 400, 1, 1, 8)), tmp_path, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode(text) == tokenizer.encode(text)
+    assert theirs.decode(theirs.encode(text)) == text
+    assert len(theirs) == tokenizer.vocab_size and theirs.eos_token_id == tokenizer.end
+
+
+def test_saving_again_widens_no_adapter(tmp_path):
+    """Layers that PEFT's short names would not single out are named in full."""
+    base = ours()
+    adapted = ours(method="lora")
+    for name, module in list(adapted.named_modules()):
+        if isinstance(module, LoRALinear) and ".1." in name:
+            adapted.set_submodule(name, torch.nn.Linear(*module.weight.shape[::-1]))
+    kept = {n for n, m in adapted.named_modules() if isinstance(m, LoRALinear)}
+    save_peft(adapted, tmp_path / "a")
+    again = load_peft(base, tmp_path / "a")
+    assert {n for n, m in again.named_modules() if isinstance(m, LoRALinear)} == kept
+    targets = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
+    assert kept <= set(targets)
+
+
+def test_a_base_in_several_files_is_read(transformers, theirs, tmp_path):
+    model, folder = theirs
+    whole = load_gpt2(folder)
+    model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    parts = load_gpt2(tmp_path / "parts")
+    for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert torch.equal(p, q), name

@@ -191,6 +191,11 @@ def test_generations_are_scored_on_the_same_instructions_again_and_again(instruc
     texts = ["the river runs down to the sea", "a stone lies still in the green grass"]
     assert compare(texts, texts) == pytest.approx({"bleu": 100, "rouge_l": 100})
     assert compare(texts, texts[::-1])["rouge_l"] < 50
+    right, wrong = ["今天天气很好，我们去公园。"], ["5 月"]
+    asked = ["今天天气很好，我们去 5 号公园。"]
+    assert compare(right, right) == pytest.approx({"bleu": 100, "rouge_l": 100})
+    near, far = compare(right, asked), compare(wrong, asked)
+    assert near["rouge_l"] > 80 > 30 > far["rouge_l"] and near["bleu"] > 50 > 5 > far["bleu"]
 
 
 def test_missing_metrics_and_missing_instructions_are_told_before_anything_is_scored(
