@@ -64,7 +64,11 @@ def whole_file(path):
 @contextmanager
 def only_writer(folder):
     """Hold `folder` against a second writer, until the block ends or the process dies; what a kill
-    has left of half-written files is cleared."""
+    has left of half-written files is cleared. Of torchrun's processes the first holds it for all.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
     folder, new = Path(folder), not Path(folder).exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"

@@ -117,20 +117,26 @@ def read_wikitext(folder):
             yield Document(f"{split} {number}", "\n".join(article), split=split)
 
 
-def read_records(path):
-    """Records of a JSON array or of JSON Lines, in one of the layouts that `understand` knows."""
-    text, unread = read_text(path), set()
+def parse_records(path):
+    """The objects of a JSON array or of JSON Lines; a field that is null is not there."""
+    text = read_text(path)
     if path.suffix.lower() == ".jsonl" or text.lstrip()[:1] != "[":
         records = [parse_json(line, f"{path}, line {number}")
                    for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
         records = parse_json(text, path)
-    for number, record in enumerate(records, 1):
+    for record in records:
         given = record if isinstance(record, dict) else {}
-        record = {k: v for k, v in given.items() if v is not None}  # null: it is not there
+        there = {name: value for name, value in given.items() if value is not None}
+        if there or not given:
+            yield there
+
+
+def read_records(path):
+    """Documents of a file of records, in one of the layouts that `understand` knows."""
+    unread = set()
+    for number, record in enumerate(parse_records(path), 1):
         parts, output, names = understand(record)
-        if output is None and len(record) < len(given):
-            continue
         if not all(isinstance(part, str) for part in (*parts, output)):
             raise UserError(f'{path}, record {number}: expected an object with the strings '
                             f'"instruction" and "output" (and perhaps "input"), or "prompt" and '
@@ -288,22 +294,28 @@ def load_documents(dataset, data_dir):
     by_split, digest = {split: [] for split in SPLITS}, hashlib.sha256()
     for kind, name in enumerate(kinds(dataset)):
         documents = [d for d in read(name, data_dir) if d.text.strip()]
-        published = {d.split for d in documents}
-        missing = [split for split in ("test", "validation") if split not in published]
-        dealt = sorted({key_hash(d.key) for d in documents if d.split in (None, "train")})
-        if len(dealt) <= len(missing):
-            raise UserError(f"--dataset {name}: {len(dealt)} documents with text; at least "
-                            f"{len(missing) + 1} are needed, one each for training"
-                            + "".join(f" and {split}" for split in missing))
-        n = max(1, round(0.05 * len(dealt)))
-        made = {place: missing[i // n] for i, place in enumerate(dealt[:n * len(missing)])}
-        for document in documents:
-            digest.update(repr(document).encode(errors="replace"))
-            if document.split in (None, "train"):
-                document.split = made.get(key_hash(document.key), "train")
+        digest.update("".join(map(repr, documents)).encode(errors="replace"))
+        for document in deal(documents, name):
             document.kind = kind
             by_split[document.split].append(document)
     return by_split, digest.hexdigest()[:16]
+
+
+def deal(documents, name):
+    """Give documents (of the data set `name`) their splits, where a publisher has not."""
+    published = {d.split for d in documents}
+    missing = [split for split in ("test", "validation") if split not in published]
+    dealt = sorted({key_hash(d.key) for d in documents if d.split in (None, "train")})
+    if len(dealt) <= len(missing):
+        raise UserError(f"--dataset {name}: {len(dealt)} documents with text; at least "
+                        f"{len(missing) + 1} are needed, one each for training"
+                        + "".join(f" and {split}" for split in missing))
+    n = max(1, round(0.05 * len(dealt)))
+    made = {place: missing[i // n] for i, place in enumerate(dealt[:n * len(missing)])}
+    for document in documents:
+        if document.split in (None, "train"):
+            document.split = made.get(key_hash(document.key), "train")
+    return documents
 
 
 def key_hash(key):

@@ -42,11 +42,11 @@ HUB_BASES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BASE_BATCH_SIZE = 16  # rows
 OF_A_CALL = {"resume", "out", "device"}  # flags that a run does not keep
 # Numbers in a checkpoint's header: the kind of each, and the smallest. Of those in the first line
-# none is larger than the file has numbers.
+# none is larger than the file has numbers (or 4,096).
 SIZED = {"rank": 1, "clusters": 1, "vocab_size": 1, "n_layer": 0, "n_embd": 1}
 COUNTS = {"seed": 0, "steps": 1, "steps_per_epoch": 1, "batch_size": 1, "evaluations": 1,
-          "cluster_size": 1, "block_size": 1, "n_head": 1, "step": 0, "tokens": 0, **SIZED}
-REALS = {"lr": 0, "alpha": 0, "seconds": 0, "best": -1e300}
+          "block_size": 1, "n_head": 1, "step": 0, "tokens": 0, **SIZED}
+REALS = {"cluster_size": 1, "lr": 0, "alpha": 0, "seconds": 0, "best": -1e300}
 LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}  # how many exist at a time
 
 
@@ -164,7 +164,10 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
     done = {"step": 0, "tokens": 0, "seconds": 0.0, "best": None}
     best = {}
     if state_path.exists():
-        tensors, _, done = read_checkpoint(state_path)
+        tensors, _, found = read_checkpoint(state_path)
+        if found.keys() != done.keys():
+            raise UserError(f"{state_path} is damaged: its header does not say how far it got")
+        done = found
         load_weights(model, under("model.", tensors), state_path)
         best = under("best.", tensors)
         moments = {i: under(f"moments.{i}.", tensors) for i in range(len(parameters))}
@@ -251,20 +254,17 @@ def read_checkpoint(path):
     """Tensors, plan and progress in a file that `fit` wrote; UserError for what it cannot have
     written, so that nobody need ask again."""
     tensors, info = read_tensors(path)
-    plan, done = info.get("plan"), info.get("done")
+    plan, done = info.get("plan"), info.get("done", {})
     config = plan.get("config", {}) if isinstance(plan, dict) else None
     if not all(isinstance(part, dict) for part in (plan, done, config)):
-        raise UserError(f"{path} is damaged: its header has no plan, or no progress")
-    most = sum(tensor.numel() for tensor in tensors.values())
+        raise UserError(f"{path} is damaged, or no program here wrote it: its header has no plan")
+    most = max(1 << 12, sum(tensor.numel() for tensor in tensors.values()))
     for name, value in (plan | config | done).items():
         low, high = (COUNTS | REALS).get(name, 0), most if name in SIZED else 1 << 53
         kinds = {int} if name in COUNTS else {int, float}
         known = name in COUNTS or (name in REALS and (name, value) != ("best", None))  # none so far
         if known and not (type(value) in kinds and low <= value <= high):
             raise UserError(f"{path} is damaged: its header says {name} = {str(value)[:40]}")
-    wanted = {"step", "tokens", "seconds", "best"} - done.keys() or {"method", "seed"} - plan.keys()
-    if wanted:
-        raise UserError(f"{path} is damaged: its header does not say {min(wanted)}")
     return tensors, plan, done
 
 
@@ -460,11 +460,10 @@ def load_adapter(base, base_fingerprint, path):
     tensors, plan, _ = read_checkpoint(path)
     if plan.get("base") != base_fingerprint:
         raise UserError(f"{path} is not an adapter of this base")
-    wanted = {"rank", "alpha"} | ({"clusters", "cluster_size"} if plan["method"] == "chameleon"
-                                  else set())
-    if path.stem != f"{plan['method']}-seed{plan['seed']}" or not wanted <= plan.keys():
-        raise UserError(f"{path} holds {plan['method']}, seed {plan['seed']}, and not what its "
-                        f"name says, or its header is damaged")
+    name = f"{plan.get('method')}-seed{plan.get('seed')}"
+    wanted = {"rank", "alpha", *(("clusters", "cluster_size") if "chameleon" in name else ())}
+    if path.stem != name or not wanted <= plan.keys():
+        raise UserError(f"{path} holds {name} and not what its name says, or is damaged")
     model = make_adapter(base, plan)
     load_weights(model, tensors, path)
     return model.eval(), plan
@@ -628,8 +627,7 @@ def main(argv=None):
     """Train what the arguments ask for; returns the run folder's path."""
     args = parse(argv)
     keep_freed_memory()
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started
-    with only_writer(args.out) if first else nullcontext():
+    with only_writer(args.out):
         return train(args)
 
 

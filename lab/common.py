@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import train as core
-from common import UserError, choose_dtype, read_tensors, whole_file
+from common import UserError, choose_dtype, whole_file
 from hypernet import ChameleonHead
 from lab.cache import CacheHead, CompanyCacheHead
 from lab.data import Corpus, Tokenizer, fingerprint
@@ -98,10 +98,9 @@ def read_plan(path, kind):
 
     Says so where the training has not finished: what comes of it is no result yet.
     """
-    tensors, info = read_tensors(path)
-    plan = info.get("plan")
+    tensors, plan, _ = core.read_checkpoint(path)
     wanted = {"base": "config", "adapter": "base"}[kind]
-    if not isinstance(plan, dict) or wanted not in plan:
+    if wanted not in plan:
         raise UserError(f"{path} holds no {kind}")
     if not has_finished(path):
         print(f"{path} is unfinished: python -m lab.run train --resume goes on with it",

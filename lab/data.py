@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import data as core
-from common import UserError, read_text
-from data import END, IGNORE, RESPONSE, SPLITS, Document, Rows, Tokenizer, cut, key_hash
+from common import UserError
+from data import END, IGNORE, RESPONSE, SPLITS, Document, Rows, Tokenizer, cut
 
 __all__ = ["END", "IGNORE", "RESPONSE", "SPLITS", "Corpus", "Document", "Examples", "Tokenizer",
            "begin_within", "load_examples", "read_pydocs"]
@@ -63,14 +63,10 @@ def read_instructions(dataset, data_dir):
     """How many characters of each record's prompt are its instruction: a dict by prompt."""
     path, found = Path(data_dir) / dataset if dataset == "alpaca" else Path(dataset), {}
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        records = []
-        if file.suffix.lower() == ".jsonl":
-            records = [json.loads(line) for line in read_text(file).split("\n") if line.strip()]
-        elif file.suffix.lower() == ".json":
-            records = json.loads(read_text(file))
-        for record in records:
-            if "instruction" in record:
-                parts = [(record.get(name) or "").strip() for name in ("instruction", "input")]
+        known = file.suffix.lower() in (".json", ".jsonl") and file.is_file()
+        for record in core.parse_records(file) if known else ():
+            parts = [part.strip() for part in core.understand(record)[0]]
+            if parts:
                 found["\n".join(filter(None, parts)) + RESPONSE] = len(parts[0])
     return found
 
@@ -88,17 +84,9 @@ class Corpus:
         self.dropped = sum(bool(d.prompt) and not d.text.strip() for d in documents)
         self.instruction = read_instructions(dataset, data_dir) if self.instructions else {}
         documents = [d for d in documents if d.text.strip()]
-        keys = sorted({key_hash(d.key) for d in documents if d.split is None})
-        if len(keys) < 3 and not any(d.split for d in documents):
-            raise UserError(f"--dataset {dataset}: {len(keys)} documents with text; at least 3 are "
-                            f"needed, one each for training, validation and test")
-        held_out = max(1, round(0.05 * len(keys)))
         self.by_split = {split: [] for split in SPLITS}
-        for d in documents:
-            place = key_hash(d.key)
-            split = d.split or ("test" if place < keys[held_out] else
-                                "validation" if place < keys[2 * held_out] else "train")
-            self.by_split[split].append(d)
+        for d in core.deal(documents, dataset):
+            self.by_split[d.split].append(d)
 
     def documents(self, split):
         return self.by_split[split]

@@ -113,6 +113,9 @@ def score_run(run, args):
     frozen = {"joint": run.base}
     if run.shared:
         frozen["shared"] = HeadAlone(run.base.config, run.base.lm_head)
+    for trunk in frozen:  # what is damaged is said before the work, not after it
+        for path in adapter_paths(run.folder, trunk):
+            load_adapter(run, path)
     for trunk, model in frozen.items():
         add(model, {"method": "frozen", "trunk": run.trunk if trunk == "shared" else None})
         for path in adapter_paths(run.folder, trunk):

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 import train as core
 from cluster import cluster_batches, kmeans, shuffled_batches
-from common import (UserError, keep_freed_memory, read_tensors, write_json, write_tensors,
-                    write_text)
+from common import (UserError, keep_freed_memory, only_writer, read_tensors, write_json,
+                    write_tensors, write_text)
 from data import SPLITS, Document, Tokenizer, cut, key_hash, read
 from hypernet import ChameleonHead, features
 from lab.data import Examples
@@ -666,6 +666,12 @@ def main(argv=None):
     if odd:
         raise UserError(f"--arms: {odd[0]!r} is not one of {'; '.join(ARMS)}")
     keep_freed_memory()
+    with only_writer(args.out):
+        return compare(args)
+
+
+def compare(args):
+    """Train and score all arms; returns the entries of their table."""
     out, device = Path(args.out), torch.device("cpu")
     run, states = core.Run(out, device), out / "states.safetensors"
     base = SmolLM2(device) if args.base == "smollm2" else Ours(Path(args.base), device)

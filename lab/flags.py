@@ -266,6 +266,7 @@ def remembered(folder):
                           if name not in OF_A_CALL}
         return config
     if folder.exists() and (folder.is_file() or any(
-            p.name not in ("cache", "tokenizer.json") for p in folder.iterdir())):
+            p.name not in ("cache", "tokenizer.json", "lock") and not p.name.endswith(".tmp")
+            for p in folder.iterdir())):
         raise UserError(f"{folder} is not empty and holds no run; choose another --out")
     return None

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import model as core
-from common import UserError
+from common import UserError, printable
 from lab import cache
 from lab.cache import CacheHead
 from lab.cluster import assign
@@ -189,13 +189,13 @@ def continue_prompts(run, config, args):
     for group in groups:
         members = group["prompts"]
         if adapted:
-            print(f"\n# cluster {group['cluster'] + 1}: {len(members)} "
-                  f"prompt{'s' * (len(members) > 1)}, one update"
-                  + f"; {', '.join(group['words'])}" * bool(group["words"]))
+            print(printable(f"\n# cluster {group['cluster'] + 1}: {len(members)} "
+                            f"prompt{'s' * (len(members) > 1)}, one update"
+                            + f"; {', '.join(group['words'])}" * bool(group["words"])))
         for entry in (shown[i] for i in members):
-            print(f"\n{entry['prompt']}[{entry['continuation']}]")
+            print(printable(f"\n{entry['prompt']}[{entry['continuation']}]"))
             for name in beside:
-                print(f"  {name.replace('_', ' ')}: [{entry[name]}]")
+                print(printable(f"  {name.replace('_', ' ')}: [{entry[name]}]"))
     if adapted and depends:
         print("\nThese answers depend on each other's prompts; --assign gives some that do not.")
     return found

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import train as core
 from common import (UserError, choose_device, choose_dtype, keep_freed_memory,
-                    read_tensors, write_json, write_tensors, write_text)
+                    only_writer, read_tensors, write_json, write_tensors, write_text)
 from hypernet import cluster_statistics, prompt_means
 from lab import cache
 from lab.cache import CacheHead
@@ -127,10 +127,12 @@ def fit(run, path, model, plan, load, n_scored, evaluate, cluster=None):
                                   betas=(0.9, 0.95), fused=run.device.type in ("cpu", "cuda"))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     print(f"  {name}: {sum(p.numel() for p in parameters):,} parameters")
-    done = {"step": 0, "tokens": 0, "seconds": 0.0, "best": math.inf}
+    done = {"step": 0, "tokens": 0, "seconds": 0.0, "best": None}
     if state_path.exists():
-        tensors, info = read_tensors(state_path)
-        done = info["done"]
+        tensors, _, found = core.read_checkpoint(state_path)
+        if found.keys() != done.keys():
+            raise UserError(f"{state_path} is damaged: its header does not say how far it got")
+        done = found
         load_weights(model, under("model.", tensors), state_path)
         moments = {i: under(f"optimizer.{i}.", tensors) for i in range(len(parameters))}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
@@ -195,7 +197,7 @@ def fit(run, path, model, plan, load, n_scored, evaluate, cluster=None):
                         file.write(json.dumps(record) + "\n")
                 bar.write(f"{name}: step {done['step']}/{total}, validation loss "
                           f"{result['loss']:.4f}")
-                if result["loss"] < done["best"]:
+                if done["best"] is None or result["loss"] < done["best"]:
                     done["best"] = result["loss"]
                     save(path, weights(model))
                 save_state()
@@ -221,7 +223,7 @@ def is_finished(path, plan, resume):
     for existing in (path, state_path):
         if existing.exists():
             made_with = {"accumulate": 1, "condition": CONDITIONS[1]}
-            made_with |= read_tensors(existing)[1]["plan"]
+            made_with |= core.read_checkpoint(existing)[1]
             for key in plan:
                 if made_with.get(key) != plan[key]:
                     raise UserError(f"{existing} was made with {key} = {made_with.get(key)}, not "
@@ -418,6 +420,12 @@ def main(argv=None):
     """Train what the arguments ask for; returns the run folder's path."""
     args, before = parse_train(argv)
     keep_freed_memory()
+    with only_writer(args.out):
+        return train(args, before)
+
+
+def train(args, before):
+    """Read and check everything, then train; `before` is the config.json of a run that goes on."""
     device, why_device = choose_device(args.device)
     run = Run(Path(args.out), device)
     join_processes(run)

@@ -66,7 +66,8 @@ def attempt(program, arguments, wanted, folder, stops, seconds, draw):
         at = draw.randint(1, 24) if stop == "rename" else 0
         process = start(program, [*arguments, *resumed], at)
         if stop != "rename":
-            time.sleep(draw.uniform(0, seconds))
+            # While Python imports torch, Ctrl-C shows Python's own traceback.
+            time.sleep(draw.uniform(0.6 if stop == signal.SIGINT else 0, 1) * seconds)
             process.send_signal(stop)
         error = process.communicate()[1]
         well += "Traceback" not in error and "error:" not in error
