@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 import train as core
 from cluster import cluster_batches, kmeans, shuffled_batches
-from common import (UserError, keep_freed_memory, only_writer, read_tensors, write_json,
-                    write_tensors, write_text)
+from common import (UserError, keep_freed_memory, only_writer, parse_json, read_tensors, read_text,
+                    write_json, write_tensors, write_text)
 from data import SPLITS, Document, Tokenizer, cut, key_hash, read
 from hypernet import ChameleonHead, features
 from lab.data import Examples
@@ -660,6 +660,24 @@ def make_parser():
     return parser
 
 
+def search(run, stream, arm, args, path):
+    """Train an arm at each rate; the best becomes `path`. Returns validation loss by rate."""
+    found, paths = {}, {}
+    for lr in args.rates or RATES.get(ARMS[arm].head, LARGE):
+        paths[lr] = run.folder / "grid" / f"{arm}-{lr:g}.safetensors"
+        try:
+            train_arm(run, stream, arm, args.seeds[0], lr, args.passes, paths[lr])
+        except UserError as error:
+            if "the loss is" not in str(error):
+                raise
+            print(error)  # it diverged
+        else:
+            found[lr] = read_tensors(paths[lr])[1]["done"]["best"]
+    if not path.exists():
+        write_tensors(path, *read_tensors(paths[min(found, key=found.get)]))
+    return found
+
+
 def main(argv=None):
     args = make_parser().parse_args(argv)
     odd = [arm for arm in args.arms if arm not in ARMS]
@@ -699,24 +717,19 @@ def compare(args):
     del base
     stream = Stream(tensors)
     entries, losses = score_arm(run, stream, "frozen", 0)
-    grid = {}
+    grid, results = {}, out / "results.json"
+    kept = parse_json(read_text(results), results)["grid"] if results.exists() else {}
     for arm in args.arms:
-        rates = args.rates or RATES.get(ARMS[arm].head, LARGE)
-        paths = {lr: out / "grid" / f"{arm}-{lr:g}.safetensors" for lr in rates}
-        for lr, path in paths.items():
-            try:
-                train_arm(run, stream, arm, args.seeds[0], lr, args.passes, path)
-            except UserError as error:  # it diverged
-                print(error)
-        grid[arm] = {lr: read_tensors(path)[1]["done"]["best"] for lr, path in paths.items()
-                     if path.exists()}
+        paths = {seed: out / "adapters" / f"{arm}-seed{seed}.safetensors" for seed in args.seeds}
+        first = args.seeds[0]
+        if arm in kept and paths[first].exists():  # a finished call has chosen its rate
+            grid[arm] = {float(lr): loss for lr, loss in kept[arm].items()}
+        else:
+            grid[arm] = search(run, stream, arm, args, paths[first])
         best = min(grid[arm], key=grid[arm].get)
-        if best in (min(rates), max(rates)) and len(rates) > 1:
+        if len(grid[arm]) > 1 and best in (min(grid[arm]), max(grid[arm])):
             print(f"{arm}: {best:g} is at the edge of its grid")
-        for seed in args.seeds:
-            path = out / "adapters" / f"{arm}-seed{seed}.safetensors"
-            if seed == args.seeds[0] and not path.exists():
-                write_tensors(path, *read_tensors(paths[best]))
+        for seed, path in paths.items():
             train_arm(run, stream, arm, seed, best, args.passes, path)
             more, theirs = score_arm(run, stream, arm, seed, path)
             entries += more

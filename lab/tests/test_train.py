@@ -218,7 +218,7 @@ def contents(folder):
     """Bytes of every file of a run, but for its cache and the seconds that training took."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "cache" not in path.parts:
+        if path.is_file() and "cache" not in path.parts and path.name != "lock":
             name = str(path.relative_to(folder))
             if path.suffix == ".safetensors":
                 tensors, info = train.read_tensors(path)
