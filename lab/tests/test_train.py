@@ -492,7 +492,7 @@ def test_a_full_disk_leaves_no_half_of_a_trunks_states(arguments, finished, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space"):
         train.main([*arguments, "--trunk", "shared", "--methods", "lora"])
     assert not [p for p in (finished / "cache").iterdir() if "float32" in p.name]
 
