@@ -328,3 +328,63 @@ def test_help_with_a_closed_output():
 def test_a_loss_worse_than_guessing_is_said(arguments, capsys):
     train.main([*arguments, "--methods", "lora", "--lr", "30"])
     assert "worse than blind guessing" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------- flags
+
+VALUES = ["0", "-1", "2147483648", "1e400", "nan", "text", "", "1,1,x", "\x1b[31m"]
+FREE = {"--out", "--data-dir"}  # any name of a folder will do
+
+
+def flags(parser):
+    return sorted({option for action in parser._actions for option in action.option_strings
+                   if action.nargs != 0 and option.startswith("--")} - FREE)
+
+
+class Reached(Exception):
+    """All was checked: the work would begin."""
+
+
+@pytest.mark.parametrize("flag", flags(train.make_parser()))
+def test_odd_values_of_trains_flags(finished_run, corpus, tmp_path, monkeypatch, flag):
+    """Each is refused in one line, or is a value that the work can begin with."""
+    def reached(*arguments, **named):
+        raise Reached
+
+    monkeypatch.setattr(train, "fit", reached)
+    arguments = ["--dataset", str(corpus), "--base", str(finished_run / "base.safetensors"),
+                 "--block-size", "24", "--device", "cpu"]
+    for i, value in enumerate(VALUES):
+        out = tmp_path / str(i)
+        try:
+            train.main([*arguments, "--out", str(out), f"{flag}={value}"])
+        except UserError as error:
+            assert "\n" not in str(error) and "Traceback" not in str(error)
+            assert not out.exists()  # what is refused leaves nothing
+        except Reached:
+            accepted = {"0": {"--seeds"}, "-1": set(), "text": set(), "": set(), "nan": set(),
+                        "1e400": set(), "1,1,x": set(), "\x1b[31m": set()}
+            free = {"--base-dataset"}  # not read here: the base is another run's
+            assert flag in accepted.get(value, {flag}) | free, value
+        except (RuntimeError, MemoryError) as error:  # a rank of two thousand millions
+            assert "allocate" in str(error)
+
+
+@pytest.mark.parametrize("flag", flags(evaluation.make_parser()))
+def test_odd_values_of_evals_flags(finished_run, tmp_path, monkeypatch, capsys, flag):
+    def reached(*arguments, **named):
+        raise Reached
+
+    monkeypatch.setattr(evaluation, "generate", reached)
+    (tmp_path / "p.txt").write_text("the river\na stone\n")
+    for value in VALUES:
+        given = [str(finished_run), "--device", "cpu", "--prompts", str(tmp_path / "p.txt"),
+                 f"{flag}={value}"]
+        try:
+            evaluation.main(given)
+        except UserError as error:
+            assert "\n" not in str(error)
+        except Reached:
+            accepted = {"0": {"--seed", "--temperature"},
+                        "2147483648": {"--clusters", "--top-k", "--max-new-tokens"}}
+            assert flag in accepted.get(value, set()), value
