@@ -144,7 +144,8 @@ def read_tensors(path):
     try:
         with safe_open(path, framework="pt") as file:
             info = json.loads((file.metadata() or {})["info"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # Copies: a file that is mapped cannot be replaced on Windows.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         odd = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
         if odd or not isinstance(info, dict):
             raise ValueError(f"{odd[0]} holds a number that is not finite" if odd else "no header")

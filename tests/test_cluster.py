@@ -178,3 +178,15 @@ def test_shuffled_batches_hold_rows_of_like_length():
     batches = shuffled_batches(length, 16, draw())
     padded = sum(int(length[b].max()) * len(b) for b in batches)
     assert padded < 1.1 * int(length.sum())
+
+
+@pytest.mark.parametrize("far", [1e3, 1e6, 1e8])
+@IMPLEMENTATIONS
+def test_one_far_point_blurs_no_other(kmeans, far):
+    """Squares of large numbers cancel; scikit-learn computes in double precision."""
+    points = torch.randn(200, 16, generator=draw())
+    points[3] = far
+    centroids, own = kmeans(points, 8, draw())
+    exact = inertia(points.double(), centroids.double(), own)
+    theirs = KMeans(8, n_init=1, random_state=0).fit(points.double().numpy()).inertia_
+    assert exact < 1.1 * theirs

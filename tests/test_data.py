@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -168,6 +169,20 @@ def test_what_is_not_read_is_mentioned(tmp_path, capsys):
     line = capsys.readouterr().out.splitlines()[0]
     assert "4 files not read" in line and all(end in line for end in (".csv", ".gz", ".md"))
     assert "elsewhere" in line
+
+
+def test_what_is_no_plain_file_is_not_opened(tmp_path, capsys):
+    """A pipe would wait for ever, and /dev/zero never ends."""
+    write(tmp_path, "a.txt", "one\ntwo\nthree\n")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "endless.txt").symlink_to("/dev/zero")
+    (tmp_path / "nowhere.txt").symlink_to(tmp_path / "gone")
+    splits, _ = load_documents(str(tmp_path), ".")
+    assert "3 files not read" in capsys.readouterr().out
+    assert sorted(d.text for s in splits.values() for d in s) == ["one\n", "three\n", "two\n"]
+    for name in ("pipe.txt", "endless.txt"):
+        with pytest.raises(UserError, match=r"no \.txt, \.json or \.jsonl file"):
+            load_documents(str(tmp_path / name), ".")
 
 
 def test_text_in_one_line_or_with_old_line_ends_is_cut_into_documents(tmp_path):

@@ -1,5 +1,6 @@
 """A run folder's files: damaged, odd, half written, held by another; odd names, odd text."""
 
+import io
 import json
 import math
 import os
@@ -317,6 +318,14 @@ def test_a_run_of_spaces_is_encoded(finished_run):
     tokenizer = Tokenizer.load(finished_run / "tokenizer.json")
     for text in (" " * 300_000, "a" + "\n" * 50_000 + "b"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_console_that_is_no_file(arguments, monkeypatch):
+    """A notebook's has no descriptor."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.StringIO())
+    assert train.main([*arguments, "--methods", "lora"])
+    assert "done; the table" in sys.stdout.getvalue()
 
 
 def test_help_with_a_closed_output():
