@@ -106,7 +106,7 @@ def keep_states(base, stream, n_vocabulary):
     common = common.argsort(descending=True, stable=True)[:n_vocabulary].sort().values
     within = torch.full((base.vocab_size,), -1)
     within[common] = torch.arange(len(common))
-    tensors = {"weight": base.weight[common].clone()}
+    tensors = {"weight": base.weight[common].clone(), "vocabulary": common}
     for split, kinds in stream.items():
         tokens, states, shape, at = [], [], [], 0
         for name, r in kinds.items():
@@ -147,6 +147,7 @@ class Ours:
         self.name = core.fingerprint(self.model)
         self.weight = self.model.lm_head.weight.detach()
         self.vocab_size, self.hidden = len(self.weight), self.model.hidden
+        self.end, self.decode = self.tokenizer.end, self.tokenizer.decode
 
 
 class Pretrained:
@@ -174,7 +175,7 @@ class Pretrained:
         self.model, self.tokenizer = model.to(device).eval(), self
         self.weight = model.get_output_embeddings().weight.detach()
         self.vocab_size, self.end = len(self.weight), self._encode.eos_token_id or 0
-        self.name = self.name or core.fingerprint(model)
+        self.name, self.decode = self.name or core.fingerprint(model), self._encode.decode
         tokens = torch.arange(4, device=device)[None]
         with torch.no_grad():
             logits = self.hidden(tokens) @ self.weight.T  # (1, 4, C) @ (C, V) -> (1, 4, V)
@@ -188,6 +189,11 @@ class Pretrained:
 
     def hidden(self, tokens):
         return self.model.base_model(tokens).last_hidden_state
+
+
+def open_base(name, device):
+    return (Pretrained(name, device) if name == "smollm2" or Path(name).is_dir()
+            else Ours(Path(name), device))
 
 
 # ------------------------------------------------------------------------------------ statistics
@@ -706,8 +712,7 @@ def compare(args):
     """Train and score all arms; returns the entries of their table."""
     out, device = Path(args.out), torch.device("cpu")
     run, states = core.Run(out, device), out / "states.safetensors"
-    published = args.base == "smollm2" or Path(args.base).is_dir()
-    base = Pretrained(args.base, device) if published else Ours(Path(args.base), device)
+    base = open_base(args.base, device)
     asked = {"base": base.name, "seen": args.seen, "rows": args.rows,
              "held out": args.held_out, "vocabulary": args.vocab_size}
     if states.exists():
@@ -717,7 +722,7 @@ def compare(args):
                             f"--out, or delete that folder")
     else:
         found = {split: {} for split in SPLITS}
-        for kind in (*args.seen, *UNSEEN, *([] if published else [OWN])):
+        for kind in (*args.seen, *UNSEEN, *([OWN] if isinstance(base, Ours) else [])):
             documents = documents_of(kind, args.data_dir)
             for split in SPLITS[(kind not in args.seen):]:
                 n = args.rows if split == "train" else args.held_out

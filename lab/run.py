@@ -4,6 +4,7 @@
     python -m lab.run eval RUN ...  # lab/eval.py: scores, tables, figures, continued prompts
     python -m lab.run fair BASE ... # lab/fair.py: heads on a base that knows other text
     python -m lab.run when RUN ...  # lab/when.py: when it pays to adapt to the company
+    python -m lab.run ask RUN ...   # lab/ask.py: continue prompts through a head of `fair`
 """
 
 import importlib
@@ -11,9 +12,10 @@ import sys
 
 from common import UserError, run_cli
 
-USAGE = "python -m lab.run train ..., eval RUN ..., fair BASE ..., when RUN (each has --help)"
+USAGE = ("python -m lab.run train ..., eval RUN ..., fair BASE ..., when RUN, ask RUN BASE FILE "
+         "(each has --help)")
 
-COMMANDS = ("train", "eval", "fair", "when")
+COMMANDS = ("train", "eval", "fair", "when", "ask")
 
 
 def answer(command, arguments):

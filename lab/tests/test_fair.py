@@ -12,7 +12,7 @@ import torch
 import train as core
 from common import UserError
 from data import Rows
-from lab import fair, when
+from lab import ask, fair, when
 from lab.fair import ARMS, CONTROLS, CountsHead, Table, company, counts_of, means_of
 from lab.interop import save_hf
 from lab.model import HeadAlone
@@ -315,3 +315,53 @@ def test_readmes_percentages_stand_in_the_table():
     known = re.findall(r"[+-](\d+\.\d%)", differences)
     said = re.findall(r"\d+\.\d%", verdict)
     assert len(said) >= 4 and set(said) <= set(known)
+
+
+# ------------------------------------------------------------------------------------- questions
+
+
+def test_prompts_are_continued_through_any_base(base, few_texts, tmp_path, capsys):
+    """Step by step, as a plain loop over the head's own formula does it; the words of a cluster's
+    prompts are what its update is written from."""
+    arms = "lora;counts;chameleon"
+    fair.main([str(base), "--out", str(tmp_path / "f"), "--rows", "4", "--passes", "1", "--seeds",
+               "0", "--rates", "1e-1", "--arms", arms])
+    texts = ["the river and a stone", "green seven house apple", "walks under the road"]
+    (tmp_path / "p.txt").write_text("\n".join(texts))
+    answers = {}
+    for arm in ("frozen", *arms.split(";")):
+        answers[arm] = ask.main([str(tmp_path / "f"), str(base), str(tmp_path / "p.txt"), "--arm",
+                                 arm, "--max-new-tokens", "5"])
+    assert "# cluster 1: 3 prompts, one update" in capsys.readouterr().out
+    mine = fair.Ours(base, torch.device("cpu"))
+    tensors = core.read_tensors(tmp_path / "f" / "states.safetensors")[0]
+    known = tensors["vocabulary"]
+    for text, found in zip(texts, answers["frozen"], strict=True):
+        read = mine.tokenizer.encode(text)
+        for token in found:
+            with torch.no_grad():
+                logits = mine.model(torch.tensor(read)[None])[0, -1]
+            assert token == known[logits[known].argmax()]
+            read.append(token)
+    rows, _ = ask.read_prompts(mine, texts, known)
+    head = fair.make_head("counts", tensors["weight"], 1)
+    told, _ = ask.statistics_of(head, rows, tensors["weight"], tensors["weight"].mean(dim=0), 0)
+    counts = told[torch.arange(3)]
+    V = len(known)
+    within = {token: i for i, token in enumerate(known.tolist())}
+    for i, text in enumerate(texts):
+        words = [within[t] for t in mine.tokenizer.encode(text) if t in within][1:]
+        assert counts[i, :V].tolist() == [words.count(w) for w in range(V)]
+    assert torch.equal(counts[0, 2 * V:3 * V], counts[:, :V].sum(dim=0))
+    with pytest.raises(UserError, match="another base"):
+        ask.main([str(tmp_path / "f"), str(other_base(base, tmp_path)), str(tmp_path / "p.txt")])
+
+
+def other_base(base, tmp_path):
+    tensors, info = core.read_tensors(base)
+    (tmp_path / "other").mkdir()
+    path = tmp_path / "other" / "base.safetensors"
+    core.write_tensors(path, {n: t * 1.1 for n, t in tensors.items()}, info)
+    kept = (base.parent / "tokenizer.json").read_bytes()
+    (tmp_path / "other" / "tokenizer.json").write_bytes(kept)
+    return path
