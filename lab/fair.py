@@ -318,7 +318,8 @@ class Table:
 # ------------------------------------------------------------------------------------------ arms
 
 # Peak learning rates of the grid: a head of few numbers takes larger steps.
-RATES = {"lora": (3e-3, 1e-2, 3e-2, 1e-1), "counts": (3e-3, 1e-2, 3e-2, 1e-1)}
+SMALL = (3e-3, 1e-2, 3e-2, 1e-1)
+RATES = {"lora": SMALL, "counts": SMALL, "lora-match, alpha 8": SMALL}
 LARGE = (1e-3, 3e-3, 1e-2)
 
 
@@ -337,6 +338,7 @@ ARMS = {
     "lora, twice as long": Arm("lora", times=2),
     "lora-match": Arm("lora-match"),
     "lora-match, twice as long": Arm("lora-match", times=2),
+    "lora-match, alpha 8": Arm("lora-match, alpha 8"),
     "chameleon": Arm("chameleon"),
     "chameleon, one cluster a batch": Arm("chameleon", batches="clustered"),
     "chameleon, trained on own prompts": Arm("chameleon", "own prompt"),
@@ -366,6 +368,8 @@ def make_head(name, weight, n_clusters):
         return LoRAHead(weight, RANK, ALPHA)
     if name == "lora-match":
         return LoRAHead(weight, match, ratio * match)
+    if name == "lora-match, alpha 8":  # the scale falls as the rank rises
+        return LoRAHead(weight, match, ALPHA)
     if name == "chameleon":
         return ChameleonHead(weight, RANK, ALPHA, n_clusters)
     if name == "scaled":
