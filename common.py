@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,9 @@ class UserError(Exception):
 
 def run_cli(main):
     """Call `main()`; a `UserError` becomes one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a pipe may know ASCII alone
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
@@ -38,8 +42,8 @@ def run_cli(main):
     except RuntimeError as error:  # CUDA has a class for this, CPU and MPS have not
         if not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: out of memory; lower --batch-size, --block-size "
-              f"or --size", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: out of memory; a smaller --block-size, --size "
+              f"or --batch-size needs less", file=sys.stderr)
         sys.exit(2)
 
 
@@ -72,7 +76,9 @@ def only_writer(folder):
     folder, new = Path(folder), not Path(folder).exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
-    with open(path, "a+", encoding="utf-8") as file:
+    if path.is_symlink():
+        raise UserError(f"{path} is a link; take it away")
+    with open(path, "a+", encoding="utf-8", errors="replace") as file:
         try:
             import fcntl
 
@@ -86,20 +92,25 @@ def only_writer(folder):
         file.truncate(0)
         file.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
-        for leftover in folder.rglob(".*.tmp"):
-            leftover.unlink()
+        for name in (".config.json", ".tokenizer.json", ".metrics.jsonl", ".*.safetensors",
+                     ".*.state"):
+            for leftover in (*folder.glob(f"{name}.tmp"), *folder.glob(f"*/{name}.tmp")):
+                leftover.unlink()
         try:
             yield
         finally:
-            if new and os.listdir(folder) == ["lock"]:  # nothing came of it
+            nothing = new and os.listdir(folder) == ["lock"]
+            if nothing and os.name == "posix":  # elsewhere an open file cannot be taken away
                 path.unlink()
                 folder.rmdir()
 
 
 def printable(text):
     """Text as a terminal can be shown it: control characters, and those that turn the direction of
-    writing, are spelt out."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+    writing, are spelt out; what joins emoji or parts words is left."""
+    odd = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+    return "".join(c.encode("unicode_escape").decode()
+                   if unicodedata.category(c) in odd and c not in "\n\t\u200c\u200d" else c
                    for c in str(text))
 
 
@@ -146,7 +157,8 @@ def read_tensors(path):
             info = json.loads((file.metadata() or {})["info"])
             # Copies: a file that is mapped cannot be replaced on Windows.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        odd = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+        odd = [n for n, t in tensors.items() if t.is_floating_point()
+               and not t.to(torch.float32).isfinite().all()]
         if odd or not isinstance(info, dict):
             raise ValueError(f"{odd[0]} holds a number that is not finite" if odd else "no header")
         return tensors, info

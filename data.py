@@ -18,6 +18,7 @@ import hashlib
 import os
 import re
 import sysconfig
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,17 +127,21 @@ def parse_records(path):
     else:
         records = parse_json(text, path)
     for record in records:
-        given = record if isinstance(record, dict) else {}
-        there = {name: value for name, value in given.items() if value is not None}
-        if there or not given:
-            yield there
+        fields = record.items() if isinstance(record, dict) else ()
+        if not fields or any(value is not None for _, value in fields):
+            yield {name: value for name, value in fields if value is not None}
 
 
 def read_records(path):
     """Documents of a file of records, in one of the layouts that `understand` knows."""
-    unread = set()
-    for number, record in enumerate(parse_records(path), 1):
+    records, unread = list(parse_records(path)), set()
+    said = [turns_of(record) for record in records]
+    # A conversation that another record goes on with would have its answer in that one's prompt.
+    begun = {turns[:n] for turns in said for n in range(1, len(turns))}
+    for number, record in enumerate(records, 1):
         parts, output, names = understand(record)
+        if said[number - 1] in begun:
+            continue
         if not all(isinstance(part, str) for part in (*parts, output)):
             raise UserError(f'{path}, record {number}: expected an object with the strings '
                             f'"instruction" and "output" (and perhaps "input"), or "prompt" and '
@@ -157,17 +162,28 @@ def understand(record):
     """What a record says, in a layout that is common: the parts of its prompt (none in plain text),
     what follows them, and the names of the fields that were read. What follows is None in no known
     layout."""
-    for first, more, output in (("instruction", "input", "output"), ("prompt", "", "completion"),
+    for first, more, output in (("instruction", "input", "output"), ("prompt", None, "completion"),
                                 ("instruction", "context", "response")):
         if {first, output} <= record.keys():
             return [record[first], record.get(more, "")], record[output], {first, more, output}
-    turns = record.get("messages")
-    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-        last = [i for i, turn in enumerate(turns) if turn.get("role") == "assistant"][-1:]
-        said = [turn.get("content") for turn in turns]
-        if last and last[0]:
-            return said[:last[0]], said[last[0]], {"messages"}
+    turns = turns_of(record)
+    if len(turns) > 1:
+        *said, answer = (content for _, content in turns)
+        return said, answer, {"messages"}
     return [], record.get("text"), {"text"}
+
+
+def turns_of(record):
+    """(role, content) of each turn of a conversation, to the assistant's last; () without one."""
+    turns = record.get("messages")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return ()
+    turns = [(turn.get("role"), turn.get("content")) for turn in turns]
+    if not all(isinstance(part, str) for turn in turns for part in turn):
+        return ()
+    while turns and turns[-1][0] != "assistant":
+        turns.pop()
+    return tuple(turns)
 
 
 def read_sections(path, name, split=None):
@@ -222,7 +238,8 @@ def read(name, data_dir):
     if not name or not path.exists():
         raise UserError(f"no data set {name!r}: neither a known name (python, "
                         f"{', '.join([*known, *HUB])}) nor a file or folder")
-    if all((path / f"{split}.txt").exists() for split in SPLITS):
+    articles = {f"{split}.txt" for split in SPLITS}
+    if path.is_dir() and {p.name for p in path.iterdir() if p.name[0] != "."} == articles:
         return read_wikitext(path)
     return read_files(path)
 
@@ -233,8 +250,11 @@ def read_files(path):
     Where the files of a folder name their splits, these are kept: see `split_of`.
     """
     root = path.parent if path.is_file() else path
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if not p.is_dir()
-                                                 or p.is_symlink())
+    found = [path] if path.is_file() else sorted(
+        p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
+    runs = {p.parent for p in found if p.name == "lock"}  # train.py's, perhaps of this very text
+    found = [p for p in found if not runs & set(p.parents)
+             and not any(part.startswith(".") for part in p.relative_to(root).parts)]
     paths = [p for p in found if p.suffix.lower() in (".txt", ".json", ".jsonl") and p.is_file()]
     names = {p: p.relative_to(root).as_posix() for p in paths}
     if not paths:
@@ -255,11 +275,11 @@ def read_files(path):
         more = f" and {len(files) - 3} more" if len(files) > 3 else ""
         print(f"{printable(path)}: {name} is " + (printable(", ".join(files[:3])) + more if files
                                                   else "made of a part of train"))
-    documents = []
+    documents, texts = [], Counter(split[p] for p in paths if p.suffix.lower() == ".txt")
     for p in paths:
         if p.suffix.lower() != ".txt":
             documents += [replace(d, split=split[p]) for d in read_records(p)]
-        elif sum(q.suffix.lower() == ".txt" and split[q] == split[p] for q in paths) < 3:
+        elif texts[split[p]] < 3:
             documents += read_sections(p, names[p], split[p])
         else:  # a file is a document; its key must not depend on where the folder lies
             documents.append(Document(names[p], read_text(p), split=split[p]))
@@ -271,7 +291,7 @@ def split_of(name):
     dev/a.txt, train-00000-of-00001.jsonl."""
     words = {"train": "train", "training": "train", "validation": "validation",
              "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
-    found = {words[word] for word in re.split("[^a-z]+", name.lower()) if word in words}
+    found = {words[word] for word in re.split(r"[\W\d_]+", name.lower()) if word in words}
     if len(found) > 1:
         raise UserError(f"{name} names two splits, {' and '.join(sorted(found))}; rename it")
     return found.pop() if found else None
@@ -293,11 +313,21 @@ def load_documents(dataset, data_dir):
     """
     by_split, digest = {split: [] for split in SPLITS}, hashlib.sha256()
     for kind, name in enumerate(kinds(dataset)):
-        documents = [d for d in read(name, data_dir) if d.text.strip()]
+        found = list(read(name, data_dir))
+        documents = [d for d in found if d.text.strip()]
+        if blank := sum(bool(d.prompt) for d in found) - sum(bool(d.prompt) for d in documents):
+            print(f"{name}: {blank} records left out, nothing follows their prompt")
         digest.update("".join(map(repr, documents)).encode(errors="replace"))
         for document in deal(documents, name):
             document.kind = kind
             by_split[document.split].append(document)
+    held_out = {(d.prompt, d.text) for split in SPLITS[1:] for d in by_split[split]}
+    train = [d for d in by_split["train"] if (d.prompt, d.text) not in held_out]
+    if n := len(by_split["train"]) - len(train):
+        print(f"{n} training documents left out, they stand in validation or test too")
+    if not train:
+        raise UserError(f"--dataset {dataset}: all of its training text is held out too")
+    by_split["train"] = train
     return by_split, digest.hexdigest()[:16]
 
 
@@ -344,6 +374,8 @@ class Tokenizer:
                     f"TIKTOKEN_CACHE_DIR to a folder that has it, or use --base scratch") from None
         else:
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
+            if not spec["pattern"] or not {bytes([b]) for b in range(256)} <= ranks.keys():
+                raise ValueError("it cannot spell every text")
             self._encoding = tiktoken.Encoding(spec["name"], pat_str=spec["pattern"],
                                                mergeable_ranks=ranks,
                                                special_tokens={END: len(ranks)})

@@ -49,11 +49,13 @@ def controls(head, means, count, cluster, document, seed):
         other = torch.empty_like(order).scatter_(0, order, order.roll(1))  # (K,)
         tables["told another cluster"] = cluster_means(means, count, which, len(ids))[other[which]]
     # A later row of the same document is no token of the row's own, but its sequel.
-    place = torch.arange(len(means))
-    later = (document[:, None] == document) & (place > place[:, None])  # (N, N)
-    heard = (which[:, None] == which) & ~later  # (N, N), in row i, whom row i hears
-    weight = heard * count  # (N, N), and how many tokens of it
-    tables["told no later rows"] = weight @ means / weight.sum(dim=1, keepdim=True)  # (N, C)
+    earlier = torch.empty_like(means)  # (N, C)
+    for k in range(len(ids)):
+        row = (which == k).nonzero()[:, 0]  # (n,), of this cluster
+        later = (document[row][:, None] == document[row]) & (row > row[:, None])  # (n, n)
+        weight = ~later * count[row]  # (n, n), in row i, how many tokens it hears of whom
+        earlier[row] = weight @ means[row] / weight.sum(dim=1, keepdim=True)  # (n, n) @ (n, C)
+    tables["told no later rows"] = earlier
     return tables
 
 
@@ -336,8 +338,8 @@ def main(argv=None):
     draw_losses(read_records(run.folder), entries[0]["validation"]["loss"],
                 run.folder / "loss.png")
     if clusters:
-        of_document = torch.tensor([d.kind for d in documents["validation"]])
-        draw_clusters(*clusters, of_document[splits["validation"].document],
+        kind = torch.tensor([d.kind for d in documents["validation"]])
+        draw_clusters(*clusters, kind[splits["validation"].document],
                       kinds(asked["dataset"]), run.folder / "clusters.png")
     if damaged:  # the others' work is kept
         raise UserError(f"not scored: {'; '.join(damaged)}")

@@ -43,7 +43,7 @@ BASE_BATCH_SIZE = 16  # rows
 OF_A_CALL = {"resume", "out", "device"}  # flags that a run does not keep
 # Numbers in a checkpoint's header: the kind of each, and the smallest. Of those in the first line
 # none is larger than the file has numbers (or 4,096).
-SIZED = {"rank": 1, "clusters": 1, "vocab_size": 1, "n_layer": 0, "n_embd": 1}
+SIZED = {"rank": 1, "clusters": 1, "vocab_size": 1, "n_layer": 1, "n_embd": 1}
 COUNTS = {"seed": 0, "steps": 1, "steps_per_epoch": 1, "batch_size": 1, "evaluations": 1,
           "block_size": 1, "n_head": 1, "step": 0, "tokens": 0, **SIZED}
 REALS = {"cluster_size": 1, "lr": 0, "alpha": 0, "seconds": 0, "best": -1e300}
@@ -261,9 +261,9 @@ def read_checkpoint(path):
     most = max(1 << 12, sum(tensor.numel() for tensor in tensors.values()))
     for name, value in (plan | config | done).items():
         low, high = (COUNTS | REALS).get(name, 0), most if name in SIZED else 1 << 53
-        kinds = {int} if name in COUNTS else {int, float}
+        types = {int} if name in COUNTS else {int, float}
         known = name in COUNTS or (name in REALS and (name, value) != ("best", None))  # none so far
-        if known and not (type(value) in kinds and low <= value <= high):
+        if known and not (type(value) in types and low <= value <= high):
             raise UserError(f"{path} is damaged: its header says {name} = {str(value)[:40]}")
     return tensors, plan, done
 
@@ -281,9 +281,11 @@ def weights(model):
 @torch.no_grad()
 def load_weights(model, tensors, path):
     wanted = weights(model)
-    odd = {(n, t.shape) for n, t in wanted.items()} ^ {(n, t.shape) for n, t in tensors.items()}
+    odd = {(n, t.shape, t.dtype) for n, t in wanted.items()} ^ {
+        (n, t.shape, t.dtype) for n, t in tensors.items()}
     if odd:
-        raise UserError(f"{path} is of another setting: {min(odd)[0]} does not fit this model")
+        name = min(name for name, _, _ in odd)
+        raise UserError(f"{path} is of another setting: {name} does not fit this model")
     for name, tensor in tensors.items():
         wanted[name].copy_(tensor)
 
@@ -584,11 +586,12 @@ def read_config(folder):
              + (",".join(map(str, value)) if isinstance(value, list) else str(value))
              for name, value in config["args"].items() if value is not None]
     try:  # what a flag may not be, a file may not say
-        same = vars(make_parser().parse_args(given)).items() >= config["args"].items()
+        same = (vars(make_parser().parse_args(given)).items() >= config["args"].items()
+                and config["args"]["dtype"] != "auto")
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not same:
-        raise UserError(f"{path} is damaged: it has numbers that are spelt as text")
+        raise UserError(f"{path} is damaged: it has settings that train.py spells otherwise")
     return config
 
 
@@ -655,9 +658,14 @@ def train(args):
                         f"folder or file")
     base = load_base(place, run.device) if place.exists() else None
     documents, data = load_documents(args.dataset, args.data_dir)
-    if (run.folder / "config.json").exists() and read_config(run.folder)["data"] != data:
-        raise UserError(f"{run.folder} is a run on other text than --dataset {args.dataset} has "
-                        f"now; choose another --out")
+    if (run.folder / "config.json").exists():
+        before = read_config(run.folder)
+        if before["data"] != data:
+            raise UserError(f"{run.folder} is a run on other text than --dataset {args.dataset} "
+                            f"has now; choose another --out")
+        if before["base"] != ("" if scratch else str(place.resolve())):
+            raise UserError(f"{run.folder} is a run on another base, {before['base'] or own}; "
+                            f"choose another --out")
     if scratch:
         base_documents, base_text = load_documents(args.base_dataset, args.data_dir)
     if place.is_dir():
@@ -690,7 +698,12 @@ def train(args):
                             f"most, of {base.config.vocab_size} kinds; --block-size is "
                             f"{args.block_size}, and the tokenizer knows {tokenizer.vocab_size}")
         mark = fingerprint(base)
-        for key, path in paths.items():
+        others = {}  # one line of a table is of one setting: the method's other seeds are checked
+        for name in args.methods:
+            for path in (run.folder / "adapters").glob(f"{name}-seed*.safetensors"):
+                seed = path.stem.removeprefix(f"{name}-seed")
+                others |= {(name, int(seed)): path} if seed.isdecimal() else {}
+        for key, path in (others | paths).items():
             check_before(run, path, plan_of(*key), args.resume)
     read = args.base_dataset if scratch else str(place)
     print(f"the base has read: {read} ({why_base}); the adapters will read: {args.dataset}, "

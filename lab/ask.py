@@ -3,9 +3,9 @@
     python -m lab.run ask runs/pretrained smollm2 PROMPTS --arm counts
 
 PROMPTS is a file with one prompt a line. Prompts are clustered among themselves; what a head is
-told of a row is made of the prompts of its cluster alone, as in the test. An answer depends on its
-neighbours; of a single prompt the company is itself. Only the words that the test has scored can be
-said. Greedy.
+told is made of the prompts of a row's cluster alone, or of its own where the arm was trained so, as
+in the test. With company an answer depends on its neighbours; that of a single prompt is itself.
+Only the words that the test has scored can be said. Greedy.
 """
 
 from pathlib import Path
@@ -22,13 +22,17 @@ from lab.model import HeadAlone
 from model import GPTConfig
 
 
-def read_prompts(base, texts, vocabulary):
-    """Prompts as rows of kept states, all of them prompt, and their token ids in full."""
+def read_prompts(base, texts, vocabulary, n_new):
+    """Prompts, to be continued by n_new tokens, as rows of kept states that are all prompt; and
+    their token ids in full."""
     within = torch.full((base.vocab_size,), -1)
     within[vocabulary] = torch.arange(len(vocabulary))
     tokens, states, shape, ids = [], [], [], []
     for text in texts:
         whole = next(iter(base.tokenizer.encode_documents([fair.Document(text, text)])))[1]
+        if len(whole) + n_new > base.room:
+            raise UserError(f"{text[:40]!r} has {len(whole)} tokens; with {n_new} more they are "
+                            f"too many for a base that reads {base.room}")
         read = torch.tensor(whole)
         hidden = base.hidden(read[None])[0]  # (P, C)
         known = (within[read] >= 0).nonzero()[:, 0]
@@ -45,14 +49,14 @@ def read_prompts(base, texts, vocabulary):
                 kind=row * 0), ids
 
 
-def statistics_of(head, rows, weight, center, seed):
-    """What a head is told of each prompt, and the clusters (N,)."""
+def statistics_of(head, rows, weight, center, seed, control=""):
+    """What a head is told of each prompt, and the clusters (N,); control as in `company`."""
     summed = means_of(rows, weight)
     k = max(1, round(len(rows) / fair.CLUSTER))
     cluster = kmeans(features(mean(summed), center), k, core.generator(seed))[1]
 
     def of_company(x):
-        return company(x, cluster, "", rows.document, rows.kind, None)
+        return company(x, cluster, control, rows.document, rows.kind, None)
 
     if isinstance(head, CountsHead):
         counts = counts_of(rows, weight)
@@ -91,7 +95,7 @@ def make_parser():
 @torch.no_grad()
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    texts = [line for line in read_text(args.prompts).splitlines() if line.strip()]
+    texts = [line for line in read_text(args.prompts).split("\n") if line.strip()]
     if not texts:
         raise UserError(f"{args.prompts}: there is no prompt, one a line")
     folder, device = Path(args.run), torch.device("cpu")
@@ -107,11 +111,15 @@ def main(argv=None):
     if args.arm != "frozen":
         path = folder / "adapters" / f"{args.arm}-seed{args.seed}.safetensors"
         core.load_weights(model, core.read_checkpoint(path)[0], path)
-    rows, ids = read_prompts(base, texts, vocabulary)
-    told, cluster = statistics_of(model.lm_head, rows, weight, stream.center, args.seed)
+    rows, ids = read_prompts(base, texts, vocabulary, args.max_new_tokens)
+    control = fair.ARMS[args.arm].told if args.arm != "frozen" else ""
+    told, cluster = statistics_of(model.lm_head, rows, weight, stream.center, args.seed, control)
+    if told is None or control:  # each for itself
+        cluster = torch.zeros_like(cluster)
     new = continue_rows(base, model.lm_head, vocabulary, ids, told, args.max_new_tokens)
     for k in cluster.unique().tolist():
-        print(f"# cluster {k + 1}: {int((cluster == k).sum())} prompts, one update")
+        if told is not None and not control:
+            print(f"# cluster {k + 1}: the company of {int((cluster == k).sum())} prompts")
         for i in (cluster == k).nonzero()[:, 0].tolist():
             print(printable(f"{texts[i]}[{base.decode(new[i])}]\n"))
     return new

@@ -41,6 +41,7 @@ KINDS = (*SEEN, *UNSEEN, OWN)
 FILES = {"novel": "kinds/moby-dick.txt", "speeches": "kinds/state-of-the-union.txt"}
 RANK, ALPHA = 4, 8.0
 CLUSTER = 32  # rows, on average
+T = 256  # tokens of a row, and the one that the last predicts
 
 
 # -------------------------------------------------------------------------------------- stream
@@ -148,6 +149,7 @@ class Ours:
         self.weight = self.model.lm_head.weight.detach()
         self.vocab_size, self.hidden = len(self.weight), self.model.hidden
         self.end, self.decode = self.tokenizer.end, self.tokenizer.decode
+        self.room = self.model.config.block_size  # tokens that it can read
 
 
 class Pretrained:
@@ -176,6 +178,7 @@ class Pretrained:
         self.weight = model.get_output_embeddings().weight.detach()
         self.vocab_size, self.end = len(self.weight), self._encode.eos_token_id or 0
         self.name, self.decode = self.name or core.fingerprint(model), self._encode.decode
+        self.room = getattr(model.config, "max_position_embeddings", math.inf)
         tokens = torch.arange(4, device=device)[None]
         with torch.no_grad():
             logits = self.hidden(tokens) @ self.weight.T  # (1, 4, C) @ (C, V) -> (1, 4, V)
@@ -679,7 +682,7 @@ def make_parser():
     add("--rates", type=lambda text: core.some(core.number(float, 1e-9, 100), text),
         help="each arm takes the best, at the first seed, on the seen kinds' validation (default: "
         "1e-3 to 1e-2 for heads of chameleon's size, 3e-3 to 1e-1 for small ones)")
-    add("--arms", type=lambda text: text.split(";"), default=";".join(ARMS),
+    add("--arms", type=lambda text: list(dict.fromkeys(text.split(";"))), default=";".join(ARMS),
         help="names with semicolons between them")
     return parser
 
@@ -697,6 +700,8 @@ def search(run, stream, arm, args, path):
             print(error)  # it diverged
         else:
             found[lr] = read_tensors(paths[lr])[1]["done"]["best"]
+    if not found:
+        raise UserError(f"{arm} diverges at every rate; name lower --rates")
     if not path.exists():
         write_tensors(path, *read_tensors(paths[min(found, key=found.get)]))
     return found
@@ -717,6 +722,8 @@ def compare(args):
     out, device = Path(args.out), torch.device("cpu")
     run, states = core.Run(out, device), out / "states.safetensors"
     base = open_base(args.base, device)
+    if base.room < T:
+        raise UserError(f"{args.base} reads {base.room} tokens at most; rows here have {T}")
     asked = {"base": base.name, "seen": args.seen, "rows": args.rows,
              "held out": args.held_out, "vocabulary": args.vocab_size}
     if states.exists():
@@ -730,8 +737,8 @@ def compare(args):
             documents = documents_of(kind, args.data_dir)
             for split in SPLITS[(kind not in args.seen):]:
                 n = args.rows if split == "train" else args.held_out
-                rows = cut(documents[split][:10 * n], base.tokenizer, 256)
-                budget = 257 * n
+                rows = cut(documents[split][:10 * n], base.tokenizer, T)
+                budget = (T + 1) * n
                 chosen = choose_rows(rows, budget)
                 columns = {name: getattr(rows, name)[chosen]
                            for name in ("start", "length", "prompt", "document")}
@@ -742,12 +749,14 @@ def compare(args):
     stream = Stream(tensors)
     entries, losses = score_arm(run, stream, "frozen", 0)
     grid, results = {}, out / "results.json"
-    kept = parse_json(read_text(results), results)["grid"] if results.exists() else {}
+    kept = parse_json(read_text(results), results).get("grid", {}) if results.exists() else {}
     for arm in args.arms:
         paths = {seed: out / "adapters" / f"{arm}-seed{seed}.safetensors" for seed in args.seeds}
         first = args.seeds[0]
-        if arm in kept and paths[first].exists():  # a finished call has chosen its rate
-            grid[arm] = {float(lr): loss for lr, loss in kept[arm].items()}
+        known = {float(lr): loss for lr, loss in kept.get(arm, {}).items()}
+        wanted = args.rates or RATES.get(ARMS[arm].head, LARGE)
+        if known.keys() <= set(wanted) and known and paths[first].exists():
+            grid[arm] = known  # a finished call has chosen its rate
         else:
             grid[arm] = search(run, stream, arm, args, paths[first])
         best = min(grid[arm], key=grid[arm].get)

@@ -332,7 +332,8 @@ def test_prompts_are_continued_through_any_base(base, few_texts, tmp_path, capsy
     for arm in ("frozen", *arms.split(";")):
         answers[arm] = ask.main([str(tmp_path / "f"), str(base), str(tmp_path / "p.txt"), "--arm",
                                  arm, "--max-new-tokens", "5"])
-    assert "# cluster 1: 3 prompts, one update" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.count("# cluster 1: the company of 3 prompts") == 2  # counts, chameleon
     mine = fair.Ours(base, torch.device("cpu"))
     tensors = core.read_tensors(tmp_path / "f" / "states.safetensors")[0]
     known = tensors["vocabulary"]
@@ -343,7 +344,9 @@ def test_prompts_are_continued_through_any_base(base, few_texts, tmp_path, capsy
                 logits = mine.model(torch.tensor(read)[None])[0, -1]
             assert token == known[logits[known].argmax()]
             read.append(token)
-    rows, _ = ask.read_prompts(mine, texts, known)
+    with pytest.raises(UserError, match="too many for a base that reads 256"):
+        ask.read_prompts(mine, texts, known, 300)
+    rows, _ = ask.read_prompts(mine, texts, known, 5)
     head = fair.make_head("counts", tensors["weight"], 1)
     told, _ = ask.statistics_of(head, rows, tensors["weight"], tensors["weight"].mean(dim=0), 0)
     counts = told[torch.arange(3)]
