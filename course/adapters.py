@@ -5,6 +5,8 @@ like, as long as you put the new names here. Tensors are float32 or float64 and 
 function must not change what it is given.
 """
 
+from unittest.mock import patch
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,8 @@ def lora_start(n_in: int, n_out: int, rank: int, seed: int) -> tuple[Tensor, Ten
     return A.detach(), B.detach()
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor,
+                alpha: float) -> Tensor:
     """2b. x (B, T, in) -> (B, T, out) through a frozen layer, weight (out, in), with LoRA."""
     return _lora_layer(weight, bias, A, B, alpha)(x).detach()
 
@@ -42,6 +45,15 @@ def _lora_layer(weight, bias, A, B, alpha):
     layer = LoRALinear(linear.requires_grad_(False), len(A), alpha)
     layer.lora_A, layer.lora_B = torch.nn.Parameter(A), torch.nn.Parameter(B)
     return layer
+
+
+def lora_head(hidden: Tensor, weight: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
+    """2b. hidden (B, T, C) -> logits (B, T, V) by a frozen head, weight (V, C), with LoRA."""
+    from model import LoRAHead
+
+    head = LoRAHead(torch.nn.Parameter(weight, requires_grad=False), len(A), alpha)
+    head.lora_A, head.lora_B = torch.nn.Parameter(A), torch.nn.Parameter(B)
+    return head(hidden).detach()
 
 
 def lora_names(n_layer: int, rank: int) -> tuple[list[str], list[str]]:
@@ -61,9 +73,8 @@ def lora_merged(weights: dict[str, Tensor], tokens: Tensor, rank: int, alpha: fl
 
     V, C = weights["transformer.wte.weight"].shape
     T = len(weights["transformer.wpe.weight"])
-    model = add_lora(GPT(GPTConfig(T, V, 1, 2, C)).to(weights["transformer.wte.weight"].dtype),
-                     rank, alpha)
-    model.load_state_dict(weights)
+    model = add_lora(GPT(GPTConfig(T, V, 1, 2, C)), rank, alpha)
+    model.to(weights["transformer.wte.weight"].dtype).load_state_dict(weights)
     if merge:
         merge_lora(model)
     with torch.no_grad():
@@ -85,10 +96,20 @@ def cluster_centres(points: Tensor, cluster: Tensor, k: int) -> tuple[Tensor, Te
 
 
 def kmeans(points: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
-    """3c. points (N, C) -> centroids (k, C), cluster (N,)."""
-    from cluster import kmeans
+    """3c. points (N, C) -> centroids (k, C), cluster (N,). Until exercise 4 is done, it starts from
+    any k points."""
+    import cluster
 
-    return kmeans(points, k, torch.Generator().manual_seed(seed))
+    def any_points(points, k, generator):
+        return torch.randperm(len(points), generator=generator)[torch.arange(k) % len(points)]
+
+    try:
+        return cluster.kmeans(points, k, torch.Generator().manual_seed(seed))
+    except NotImplementedError as error:
+        if str(error) != "4a":
+            raise
+    with patch("cluster.seeds", any_points):
+        return cluster.kmeans(points, k, torch.Generator().manual_seed(seed))
 
 
 def kmeans_seeds(points: Tensor, k: int, seed: int) -> Tensor:
@@ -224,8 +245,8 @@ def losses(logits_of: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 def leak_check(predict, tokens: Tensor, prompt: Tensor, n_words: int) -> bool:
-    """9. Does a method leak? predict(tokens) -> losses of every scored token (N, T), 0 where none is
-    scored; tokens (N, T + 1), prompt (N,): how many tokens of each row are its prompt. True if a
+    """9. Does a method leak? predict(tokens) -> losses of every scored token (N, T), 0 where none
+    is scored; tokens (N, T + 1), prompt (N,): how many tokens of each row are its prompt. True if a
     prediction depends on the token that it is scored on, or on a later one of any row."""
     from leak_check import leaks
 
@@ -234,8 +255,8 @@ def leak_check(predict, tokens: Tensor, prompt: Tensor, n_words: int) -> bool:
 
 def controls(center: Tensor, means: Tensor, count: Tensor, cluster: Tensor, document: Tensor,
              seed: int) -> dict[str, Tensor]:
-    """10a. What N rows may be told: a table (N, C) for each of "", "told own prompt", "told nothing",
-    "told another cluster", "told no later rows"."""
+    """10a. What N rows may be told: a table (N, C) for each of "", "told own prompt",
+    "told nothing", "told another cluster", "told no later rows"."""
     from eval import controls
 
     class Head:

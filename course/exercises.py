@@ -1,8 +1,8 @@
 """What the exercises are: which functions of the six files each one takes away, points, minutes.
 
-`build.py` cuts these functions out of a student's copy, `grade.py` grades them. A name is a function
-or a method, as "Attention.forward"; one that is gone from its file stops both, so that the course
-cannot drift from the code.
+`build.py` cuts these functions out of a student's copy, `grade.py` grades them. A name is a
+function or a method, as "Attention.forward"; one that is gone from its file stops both, so that the
+course cannot drift from the code.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ class Exercise:
 EXERCISES = [
     Exercise(1, "Causal attention", {"model.py": {"Attention.forward": "1a"}}, 10, 60, "middle"),
     Exercise(2, "LoRA", {"model.py": {"lora_factors": "2a", "LoRALinear.forward": "2b",
-                                      "add_lora": "2c", "merge_lora": "2d"}}, 10, 60, "easy"),
+                                      "LoRAHead.forward": "2b", "add_lora": "2c",
+                                      "merge_lora": "2d"}}, 10, 60, "easy"),
     Exercise(3, "Lloyd's algorithm, with clusters that lose all points",
              {"cluster.py": {"nearest": "3a", "means": "3b", "kmeans": "3c"}}, 10, 90, "middle"),
     Exercise(4, "k-means++", {"cluster.py": {"seeds": "4a"}}, 5, 45, "middle"),
