@@ -60,7 +60,7 @@ def test_in_the_empty_copy_nothing_passes_and_nothing_but_what_is_missing_fails(
     assert all(re.fullmatch(r"NotImplementedError: \d+[a-z]", reason) for reason in reasons)
 
 
-@pytest.mark.parametrize("first", [4, 7, 9])
+@pytest.mark.parametrize("first", [4, 8])
 def test_exercises_before_the_first_pass_in_a_copy(tmp_path, first):
     build.build(tmp_path, first)
     before = [f"tests/{path.name}" for path in sorted((tmp_path / "tests").glob("test_*.py"))
