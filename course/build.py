@@ -52,9 +52,10 @@ python -m pytest tests/test_01_attention.py
 {table}
 
 The letters B, T, C, V, r, K and N are explained at the top of model.py. Where a function was cut,
-its docstring and the shapes of its steps are left. You may add functions and files. You may rename
-and rebuild what you like, as long as `adapters.py`, through which the tests call your code, names
-it. The tests in `tests/` are a part of those that count: yours is graded with other numbers too.
+its docstring is left, and comments with the shapes of the steps of one solution: yours may take
+other steps. You may add functions and files. You may rename and rebuild what you like, as long as
+`adapters.py`, through which the tests call your code, names it. The tests in `tests/` are a part of
+those that count: your code is graded with other numbers too.
 
 To hand in, pack this folder, without `.venv` and `runs`.
 """
