@@ -64,6 +64,13 @@ To hand in, pack this folder, without `.venv` and `runs`.
 # ------------------------------------------------------------------------------------- the cut
 
 
+def parse(source, file):
+    try:
+        return ast.parse(source)
+    except SyntaxError as error:
+        raise UserError(f"{file} is not Python ({error})") from None
+
+
 def find(tree, name, file):
     """The function "f" or method "Class.f" in a module's tree."""
     node = tree
@@ -98,7 +105,7 @@ def gives_away(comment, node):
 
 def cut(source, names, file):
     """`source` without the bodies of names (name -> label), and the lines that were taken away."""
-    lines, tree = source.splitlines(), ast.parse(source)
+    lines, tree = source.splitlines(), parse(source, file)
     comments = {token.start[0]: token.string
                 for token in tokenize.generate_tokens(io.StringIO(source).readline)
                 if token.type == tokenize.COMMENT}
@@ -157,7 +164,7 @@ def uncut_lines(first):
     stays = []
     for file in CORE:
         source = read_text(ROOT / file)
-        lines, tree = source.splitlines(), ast.parse(source)
+        lines, tree = source.splitlines(), parse(source, file)
         for exercise in EXERCISES:
             for name in exercise.cut.get(file, {}) if exercise.number >= first else ():
                 start, last = body_lines(find(tree, name, file), lines, file)

@@ -157,6 +157,11 @@ def test_a_function_on_one_line_is_told():
         build.cut("def f(): return 1\n", {"f": "9z"}, "x.py")
 
 
+def test_a_file_that_is_not_python_is_told():
+    with pytest.raises(build.UserError, match="x.py is not Python"):
+        build.cut("def f(:\n", {"f": "9z"}, "x.py")
+
+
 # ------------------------------------------------------------------------------------ the scan
 
 
