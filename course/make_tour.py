@@ -57,6 +57,8 @@ def execute(found, folder):
     plt.show = lambda: None  # figures stay open until they are written
     namespace = {"__name__": "__main__"}
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
     for number, (text, body) in enumerate(found):
         printed, names = io.StringIO(), []
         if not text:

@@ -3,7 +3,9 @@
 #
 # One batch of requests walks through the whole idea, and at each station you see its shapes and a
 # picture. Then come two controls, a leak that is put in by hand and taken out again, and a win that
-# is none. Nothing is fetched: all text comes with Python. It takes about three minutes.
+# is none. Nothing is fetched: all text comes with Python. It takes about three minutes on one core.
+# What is said of numbers is said of one run, that of `course/tour.md`; another machine, or another
+# version of Python with its slightly other text, makes somewhat other ones.
 #
 # **How to run it.** Start the notebook with the repository's root, or the folder `course` in it, as
 # its working directory. On a hosted notebook, first put a cell above this one that clones the
@@ -49,10 +51,10 @@ T = 64  # tokens in a row, at most
 # %%
 temporary = tempfile.TemporaryDirectory()
 folder = Path(temporary.name) / "run"
-train.main(["--size", "pico", "--block-size", str(T), "--batch-size", "32", "--methods", "chameleon",
-            "--base-epochs", "0.02" if SMALL else "1", "--vocab-size", "600" if SMALL else "4096",
-            "--max-steps", str(STEPS), "--evaluations", "1", "--device", "cpu",
-            "--dtype", "float32", "--out", str(folder)])
+train.main(["--size", "pico", "--methods", "chameleon", "--block-size", str(T),
+            "--batch-size", "32", "--base-epochs", "0.02" if SMALL else "1",
+            "--vocab-size", "600" if SMALL else "4096", "--max-steps", str(STEPS),
+            "--evaluations", "1", "--device", "cpu", "--dtype", "float32", "--out", str(folder)])
 
 run = train.Run(folder, torch.device("cpu"))
 tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -161,6 +163,8 @@ plt.show()
 statistics = cluster_statistics(means[batch], count[batch], cluster)  # (B, C)
 print("statistics", tuple(statistics.shape), "of which different:", len(statistics.unique(dim=0)))
 print("prompt tokens of each row:", count[batch].int().tolist())
+plain = torch.stack([means[batch][cluster == k].mean(dim=0) for k in cluster])  # (B, C)
+print(f"a mean of means would differ by up to {(plain - statistics).abs().max():.3f}")
 figure, axes = plt.subplots(1, 2, num="statistic", figsize=(9, 3.2), layout="constrained",
                             sharey=True)
 for panel, table, title in ((axes[0], means[batch], "mean of each row's prompt"),
@@ -175,10 +179,12 @@ plt.show()
 # %% [markdown]
 # ## 5. A statistic becomes factors
 #
-# The base's last layer, the *LM head*, makes logits W h: one number for each word, from h, what the
-# transformer made of the text so far. A *low-rank update* adds (alpha / r) B A h, where A has r rows
-# and B has r columns. Plain LoRA trains one A and one B for everybody. Here a small network, the
-# *hyper-network*, writes A and B from the statistic, anew for each cluster.
+# The base's last layer, the *LM head*, makes the *logits* W h: a number for each word, from h, what
+# the transformer made of the text so far. The larger it is, the likelier the word. A *low-rank
+# update* adds (alpha / r) B A h, where A has r rows and B has r columns; alpha says how strong it
+# is. Plain LoRA trains one A and one B for everybody. Here a small network, the *hyper-network*,
+# writes A and B from the statistic, anew for each cluster. (The layers inside the transformer have
+# plain LoRA, in both.)
 #
 # How much does what it writes differ from cluster to cluster? *Singular values* say how long a
 # matrix is in each of its directions. Left: those of the updates of our three clusters; at most r
@@ -208,7 +214,7 @@ for k, i in enumerate(members):
     print(f"cluster {k}: singular values", [round(v, 2) for v in values[:5].tolist()])
 left.set(title="the update of one cluster", xlabel="number", ylabel="singular value")
 left.legend()
-right.bar(range(1, 41), directions[:40], color=COLOURS[3])
+right.bar(range(1, 33), directions[:32], color=COLOURS[3])
 right.set(title="what differs between clusters", xlabel="number", ylabel="singular value")
 plt.show()
 
@@ -272,7 +278,8 @@ for name, guess, colour in (("frozen base", frozen_logits, "0.6"),
 axes.set(title="row 1: the loss of each scored token", ylabel="nats", xticks=range(len(place)))
 axes.set_xticklabels([word(i) for i in truth.tolist()], rotation=90, fontsize=8)
 axes.set_xlim(-0.5, len(place) - 0.5)
-axes.legend(ncols=2)
+axes.set_ylim(0, None)
+axes.legend(ncols=2, loc="lower right", frameon=False)
 plt.show()
 
 # %% [markdown]
@@ -306,7 +313,7 @@ def draw_bars(name, bars, title, colours):
     axes.bar_label(drawn, fmt="%.3f", padding=4)
     low, high = min(bars.values()), max(bars.values())
     axes.set(title=title, yticks=range(len(bars)), yticklabels=bars,
-             xlim=(max(0, low - (high - low) / 2), high + (high - low) / 6),
+             xlim=(max(0, low - (high - low) / 2), high + (high - low) / 4),
              xlabel="nats a token; the axis does not begin at 0")
     axes.invert_yaxis()
     for name, loss in bars.items():
@@ -318,34 +325,42 @@ draw_bars("controls", bars, "validation loss: the same weights, told something e
 plt.show()
 
 # %% [markdown]
-# ## 9. The same prompt in two batches
+# In our run the other cluster does much harm: the method listens. The own prompt does none: here
+# the company of other rows is worth nothing that the prompt alone does not say.
+
+# %% [markdown]
+# ## 9. The same prompt in other batches
 #
-# An answer depends on its neighbours. We put one prompt among seven prompts of code, and then among
-# seven of the manual. Eight requests make one cluster, so the prompt's statistic is the mean over
-# all eight. The prompt is the same; the distribution of its next word is not. *Total variation* is
-# half of the sum of all differences: 0 means the same distribution, 1 means nothing in common.
+# An answer depends on its neighbours. We put one prompt, a new line with four spaces, into three
+# batches: among seven prompts of code, of the manual, of tables. Eight requests make one cluster,
+# so the prompt's statistic is the mean over all eight. The prompt is the same; the distribution of
+# its next word is not. *Total variation* is half of the sum of all differences: 0 means the same
+# distribution, 1 means nothing in common. (With words that say more themselves, such as "The value
+# of", it moves less: about 0.08. The neighbours only shift the head, and h speaks too.)
 
 # %%
-prompt = tokenizer.encode("The value of")
+prompt = tokenizer.encode("\n    ")
 own = embedding[torch.tensor(prompt)].mean(dim=0, keepdim=True)  # (1, C)
 answers = {}
-for k in (0, 1):
+for k, name in enumerate(KINDS):
     mates = (kind == k).nonzero()[:, 0][3:10]
-    statistic = cluster_statistics(
-        torch.cat([own, means[mates]]), torch.cat([torch.tensor([float(len(prompt))]), count[mates]]),
-        torch.zeros(1 + len(mates), dtype=torch.int64))[:1]  # (1, C), of the prompt's row
+    company = torch.cat([own, means[mates]])  # (8, C)
+    lengths = torch.cat([torch.tensor([float(len(prompt))]), count[mates]])  # (8,)
+    together = torch.zeros(len(company), dtype=torch.int64)  # one cluster
+    statistic = cluster_statistics(company, lengths, together)[:1]  # (1, C), of the prompt's row
     with torch.no_grad():
-        answers[KINDS[k]] = chameleon(torch.tensor([prompt]), statistic)[0, -1].softmax(dim=0)
-apart = float((answers["code"] - answers["manual"]).abs().sum() / 2)
-print(f"total variation between the two: {apart:.3f}")
+        answers[name] = chameleon(torch.tensor([prompt]), statistic)[0, -1].softmax(dim=0)
+for one, other in (("code", "manual"), ("code", "tables"), ("manual", "tables")):
+    apart = float((answers[one] - answers[other]).abs().sum() / 2)
+    print(f"total variation between {one} and {other}: {apart:.3f}")
 shown = torch.stack(list(answers.values())).amax(dim=0).topk(12).indices  # likely in either
-figure, axes = plt.subplots(num="two-batches", figsize=(8, 4.2), layout="constrained")
+figure, axes = plt.subplots(num="other-batches", figsize=(8, 4.8), layout="constrained")
 for k, (name, p) in enumerate(answers.items()):
-    axes.barh(torch.arange(12) + 0.4 * k, p[shown], height=0.4, color=COLOURS[k],
+    axes.barh(torch.arange(12) + 0.27 * k, p[shown], height=0.27, color=COLOURS[k],
               label=f"among {name}")
     print(f"among {name:6}", *(f"{word(i)} {p[i]:.3f} " for i in p.topk(6).indices.tolist()))
-axes.set(title="the word after 'The value of'", xlabel="probability",
-         yticks=torch.arange(12) + 0.2, yticklabels=[word(i) for i in shown.tolist()])
+axes.set(title="the word after four spaces on a new line", xlabel="probability",
+         yticks=torch.arange(12) + 0.27, yticklabels=[word(i) for i in shown.tolist()])
 axes.invert_yaxis()
 axes.legend()
 plt.show()
@@ -412,9 +427,10 @@ draw_bars("leak", bars, "validation loss: the leak's 'gain', and where it goes",
 plt.show()
 
 # %% [markdown]
-# The leak's "gain" is there in both (green to orange), smaller where eight rows share a mean. Tell
-# the very same weights prompts only, as a server must, since the continuation does not exist yet,
-# and it is gone (blue): they have learnt to rely on what nobody can tell them.
+# The leak's "gain" (green to orange) is large where a row is alone. Where eight rows share a mean
+# it is so small that one seed cannot tell it from luck. Now tell the very same weights prompts
+# only, as a server must, since the continuation does not exist yet. The gain is gone (blue), and
+# more with it: they have learnt to rely on what nobody can tell them.
 #
 # A lower loss does not prove a leak; this does. We change the *last* token of each row, which no
 # earlier prediction may know of, and look how far the logits before it move.
@@ -441,8 +457,7 @@ print(f"prompts only: a logit moves by {moves(leaky, False):.4f}")
 # ## 11. A win that is none
 #
 # Does chameleon beat plain LoRA? A quick experiment: train both for a few steps at one *learning
-# rate* (how far a step goes), the same for both, "to be fair". We add `lora-match`, LoRA of a higher
-# rank, which has as many trained parameters as chameleon.
+# rate* (how far a step goes), the same for both, "to be fair".
 
 # %%
 groups, their_groups = clusters_of(rows, False), clusters_of(validation, False)
@@ -462,27 +477,28 @@ def measure(method, lr):
 
 
 print("at one rate, 0.01          parameters   validation     test")
-for method in METHODS:
+for method in ("lora", "chameleon"):
     measure(method, 1e-2)
-    print(f"{method:24} {size[method]:12,} {found[method][1e-2]:12.3f} {on_test[method][1e-2]:8.3f}")
+    print(f"{method:24} {size[method]:12,} {found[method][1e-2]:12.3f} "
+          f"{on_test[method][1e-2]:8.3f}")
 
 # %% [markdown]
 # Chameleon wins, and one could stop here and publish. Two things are wrong.
 #
 # **The rate.** A number that a network writes moves farther in a step than a number that is trained
-# itself, and of many numbers the sum moves farther than of few. One rate for all favours the method
-# that it suits. So each method gets the rate that is best for it, on validation. Where the best is
-# at the edge of what was tried, one more rate is tried.
+# itself, and the sum of many numbers moves farther than that of few. One rate for all favours the
+# method that it suits. So each method gets the rate that is best for it, on validation. Where the
+# best is at the edge of what was tried, one more rate is tried.
 #
-# **The parameters.** Chameleon has twenty times as many as `lora`, and more parameters alone help.
-# So its rival is `lora-match`.
+# **The parameters.** Chameleon has over twenty times as many as `lora`, and more parameters alone
+# help. So its rival is `lora-match`: LoRA of a higher rank, with as many as chameleon has.
 #
 # The test split chooses nothing; it is only reported.
 
 # %%
 STEP = 10 ** 0.5  # from a rate to the next: 0.003, 0.01, 0.03
 for method in METHODS:
-    for lr in (3.16e-3, 3.16e-2):
+    for lr in sorted({3.16e-3, 1e-2, 3.16e-2} - found[method].keys()):
         measure(method, lr)
     for _ in range(0 if SMALL else 2):
         best = min(found[method], key=found[method].get)
@@ -518,10 +534,11 @@ right.set(title="test loss", xticks=(0, 1),
 plt.show()
 
 # %% [markdown]
-# Against `lora` a part of the win was the rate. The rest was the number of parameters:
-# `lora-match`, at its own best rate, is no worse than chameleon. This is one seed, one small base and few steps,
-# so the last digits say nothing, and other text may say something else. What to keep is the order
-# of the questions: *its own rate? as many parameters? which control? where could it leak?*
+# Against `lora` most of the win was the rate. What remained was the number of parameters: in our
+# run `lora-match`, at its own best rate, beats chameleon. This is one seed, one small base and few
+# steps, so small differences say nothing, and other text may say something else. What to keep is
+# the order of the questions: *its own rate? as many parameters? which control? where could it
+# leak?*
 #
 # From here: the README's verdict, `results/` for the tables, `lab/` for statistics that do gain.
 

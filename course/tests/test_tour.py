@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import make_tour
+import pytest
 
 COURSE = Path(__file__).resolve().parents[1]
 FOUND = make_tour.cells((COURSE / "tour.py").read_text(encoding="utf-8"))
@@ -38,6 +39,15 @@ def test_the_page_shows_every_figure_and_the_code_that_stands_in_the_script():
     for _, body in FOUND:
         assert body in text, "run python course/make_tour.py"
     assert "/tmp" not in text and "/home" not in text
+
+
+@pytest.mark.parametrize("folder", [COURSE, COURSE.parent])
+def test_the_first_cell_finds_the_six_files(folder):
+    """As a notebook is started: from the root, or from its own folder."""
+    done = subprocess.run([sys.executable, "-c", next(body for text, body in FOUND if not text)],
+                          cwd=folder, capture_output=True, text=True, check=False,
+                          env=os.environ | {"MPLBACKEND": "Agg"})
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_tour_runs_from_top_to_bottom(tmp_path):
