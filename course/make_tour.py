@@ -57,8 +57,6 @@ def execute(found, folder):
     plt.show = lambda: None  # figures stay open until they are written
     namespace = {"__name__": "__main__"}
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
     for number, (text, body) in enumerate(found):
         printed, names = io.StringIO(), []
         if not text:
@@ -96,6 +94,10 @@ def main(arguments, out=HERE):
     for result in execute(found, out / "tour"):
         print(result[0], end="", flush=True)
         results.append(result)
+    drawn = {name for _, names in results for name in names}
+    for old in (out / "tour").glob("*.png"):
+        if old.name not in drawn:
+            old.unlink()
     (out / "tour.md").write_text(page(found, results), encoding="utf-8")
 
 

@@ -69,8 +69,8 @@ head, embedding = chameleon.lm_head, base.transformer.wte.weight
 # A *request* is a prompt that somebody wants continued. We make requests out of running text: each
 # document is cut into *rows* of T + 1 tokens. The first quarter of a row is its *prompt*, the rest
 # is its *continuation*, which the model must predict and which alone is *scored*. No two rows share
-# a token. Our batch has twelve rows of the validation split, four of each kind. The model is never
-# told the kind.
+# a token. Our batch has twelve rows of the validation split, four of each kind; the last of each
+# kind is the short end of a document. The model is never told the kind.
 
 # %%
 documents, _ = load_documents("python", "data")
@@ -219,6 +219,9 @@ right.set(title="what differs between clusters", xlabel="number", ylabel="singul
 plt.show()
 
 # %% [markdown]
+# In our run two directions hold nearly all of what differs. The network tells a few kinds of text
+# apart, and little else.
+#
 # ## 6. Factors become logits
 #
 # Which words does an update raise, and which does it lower? We add up what it does to each logit at
@@ -275,11 +278,12 @@ for name, guess, colour in (("frozen base", frozen_logits, "0.6"),
                             ("chameleon", logits, COLOURS[2])):
     surprise = -guess[1, place].log_softmax(dim=1).gather(1, truth[:, None])[:, 0]
     axes.plot(range(len(place)), surprise, "o-", markersize=4, color=colour, label=name)
-axes.set(title="row 1: the loss of each scored token", ylabel="nats", xticks=range(len(place)))
+axes.set(ylabel="nats", xticks=range(len(place)))
+axes.set_title("row 1: the loss of each scored token", loc="left")
 axes.set_xticklabels([word(i) for i in truth.tolist()], rotation=90, fontsize=8)
 axes.set_xlim(-0.5, len(place) - 0.5)
 axes.set_ylim(0, None)
-axes.legend(ncols=2, loc="lower right", frameon=False)
+axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
 plt.show()
 
 # %% [markdown]

@@ -14,6 +14,8 @@ import pytest
 
 COURSE = Path(__file__).resolve().parents[1]
 FOUND = make_tour.cells((COURSE / "tour.py").read_text(encoding="utf-8"))
+DRAWN = sorted(f"{a or b}.png" for a, b in re.findall(
+    r'num="(.*?)"|draw_bars\("(.*?)"', "\n".join(body for _, body in FOUND)))
 
 
 def test_the_notebook_is_that_of_the_script():
@@ -33,9 +35,8 @@ def test_every_line_of_the_script_is_in_a_cell():
 def test_the_page_shows_every_figure_and_the_code_that_stands_in_the_script():
     text = (COURSE / "tour.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[.*?\]\(tour/(.*?)\)", text)
-    drawn = re.findall(r'num="(.*?)"|draw_bars\("(.*?)"', "\n".join(body for _, body in FOUND))
     assert sorted(shown) == sorted(path.name for path in (COURSE / "tour").glob("*.png"))
-    assert sorted(shown) == sorted(f"{a or b}.png" for a, b in drawn)
+    assert sorted(shown) == DRAWN
     for _, body in FOUND:
         assert body in text, "run python course/make_tour.py"
     assert "/tmp" not in text and "/home" not in text
@@ -58,6 +59,6 @@ def test_the_tour_runs_from_top_to_bottom(tmp_path):
                           env=os.environ | {"TOUR_SMALL": "1", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     figures = sorted(path.name for path in (tmp_path / "tour").glob("*.png"))
-    assert figures == sorted(path.name for path in (COURSE / "tour").glob("*.png"))
+    assert figures == DRAWN
     assert "prompts only: a logit moves by 0.0000" in done.stdout
     assert (tmp_path / "tour.ipynb").read_text("utf-8") == make_tour.notebook(FOUND)
