@@ -186,7 +186,8 @@ def test_what_is_no_plain_file_is_not_opened(tmp_path, capsys):
 
 
 def test_text_in_one_line_or_with_old_line_ends_is_cut_into_documents(tmp_path):
-    for text in (" ".join(f"word{i}" for i in range(120_000)), "\r".join(f"line {i}" for i in range(400))):
+    words = " ".join(f"word{i}" for i in range(120_000))
+    for text in (words, "\r".join(f"line {i}" for i in range(400))):
         (tmp_path / "x.txt").write_bytes(text.encode())
         splits, _ = load_documents(str(tmp_path / "x.txt"), ".")
         assert sum(map(len, splits.values())) >= 15
@@ -207,6 +208,39 @@ def test_several_data_sets_each_have_their_own_splits(tmp_path):
 
 
 # --------------------------------------------------------------------------------------- files
+
+
+def test_a_conversation_that_another_goes_on_with_is_left_out(tmp_path):
+    """Its answer would stand in the other's prompt, and so in a statistic."""
+    talk = [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]
+    other = [turn("user", "a"), turn("assistant", "x")]
+    records = [{"messages": talk[:2]}, {"messages": talk}, {"messages": other}]
+    path = write(tmp_path, "x.jsonl", "\n".join(map(json.dumps, records))) / "x.jsonl"
+    assert [d.text for d in data.read_records(path)] == ["d", "x"]
+
+
+def test_text_that_is_held_out_is_not_trained_on(tmp_path, capsys):
+    """Whether a publisher's splits share it, a data set holds another, or a link leads to it."""
+    for split, n in (("train", 9), ("test", 3), ("dev", 2)):
+        write(tmp_path / "a", f"{split}.jsonl",
+              "\n".join(json.dumps({"text": f"text {i}"}) for i in range(n)))
+    splits, _ = load_documents(str(tmp_path / "a"), ".")
+    assert sorted(d.text for d in splits["train"]) == [f"text {i}" for i in range(3, 9)]
+    assert "3 training documents left out" in capsys.readouterr().out
+    for i in range(30):
+        write(tmp_path / "b" / "sub" * (i % 2), f"{i}.txt", f"text {i}")
+        write(tmp_path / "b" / ".ipynb_checkpoints", f"{i}-checkpoint.txt", f"text {i}")
+    splits, _ = load_documents(f"{tmp_path}/b,{tmp_path}/b/sub", ".")
+    held_out = {d.text for split in SPLITS[1:] for d in splits[split]}
+    assert not held_out & {d.text for d in splits["train"]}
+
+
+def test_a_run_folder_within_its_text_is_not_read(tmp_path):
+    write(tmp_path, "a.txt", "one\ntwo\nthree\n")
+    before = load_documents(str(tmp_path), ".")[1]
+    for name in ("lock", "config.json", "metrics.jsonl", "adapters/notes.txt"):
+        write((tmp_path / "runs" / "x" / name).parent, Path(name).name, "{}")
+    assert load_documents(str(tmp_path), ".")[1] == before
 
 
 def test_records_of_instructions(tmp_path):
