@@ -84,11 +84,16 @@ def cluster_centres(points: Tensor, cluster: Tensor, k: int) -> tuple[Tensor, Te
     return means(points, cluster, k)
 
 
-def kmeans(points: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
-    """3c. points (N, C) -> centroids (k, C), cluster (N,)."""
-    from cluster import kmeans
+def kmeans(points: Tensor, k: int, seed: int, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """3c. points (N, C) -> centroids (k, C), cluster (N,). chosen (k,): indices of the points to
+    start from, in place of those of k-means++."""
+    from unittest.mock import patch
 
-    return kmeans(points, k, torch.Generator().manual_seed(seed))
+    import cluster
+
+    start = cluster.seeds if chosen is None else lambda *_: chosen
+    with patch.object(cluster, "seeds", start):
+        return cluster.kmeans(points, k, torch.Generator().manual_seed(seed))
 
 
 def kmeans_seeds(points: Tensor, k: int, seed: int) -> Tensor:

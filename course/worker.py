@@ -1,0 +1,180 @@
+"""Runs a submission's functions, in a process that holds no answer: see grade.py.
+
+This script never sees the reference. It is started once and imports torch; for each exercise it
+forks a fresh child, which gives up its rights, takes its limits, reads a request (which functions to
+call, with what) and writes one line of JSON for each call. What the child says is not believed: the
+grader computes the right values elsewhere, and compares them there.
+"""
+
+import json
+import math
+import os
+import resource
+import sys
+
+import torch
+
+DTYPES = {str(d): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64,
+                              torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32,
+                              torch.int64)}
+LARGEST = 1 << 21  # numbers in a tensor
+
+
+def encode(value, depth=0):
+    """A value of tensors, lists, dicts and plain values as JSON can hold it."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() > LARGEST:
+            raise ValueError(f"a tensor of {value.numel():,} numbers was returned, which is absurd")
+        value = value.detach().cpu().to_dense()
+        return {"tensor": [str(value.dtype), list(value.shape), value.flatten().tolist()]}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, (list, tuple)) and depth < 8:
+        return {"list": [encode(v, depth + 1) for v in value]}
+    if isinstance(value, dict) and depth < 8:
+        return {"dict": [[str(k), encode(v, depth + 1)] for k, v in value.items()]}
+    raise TypeError(f"a {type(value).__name__} was returned: tensors, lists and numbers can be read")
+
+
+def decode(value):
+    """What `encode` was given; ValueError for anything that it cannot have written."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is dict and len(value) == 1:
+        (kind, content), = value.items()
+        if kind == "tensor" and type(content) is list and len(content) == 3:
+            dtype, shape, numbers = content
+            plain = type(shape) is list and all(type(n) is int and 0 <= n <= LARGEST for n in shape)
+            if (plain and len(shape) < 9 and type(numbers) is list and math.prod(shape) == len(numbers)
+                    and all(type(n) in (bool, int, float) for n in numbers)):
+                try:
+                    return torch.tensor(numbers, dtype=DTYPES[dtype]).view(shape)
+                except (KeyError, TypeError, RuntimeError, OverflowError):
+                    pass
+        if kind == "list" and type(content) is list:
+            return [decode(v) for v in content]
+        if kind == "dict" and type(content) is list:
+            return {str(k): decode(v) for k, v in content}
+    raise ValueError("an answer that the worker cannot have written")
+
+
+# ------------------------------------------------------------------------------------- the child
+
+
+def confine(limits):
+    """Give up what a submission does not need: another user's rights, memory, processes."""
+    for name, most in (("AS", limits["memory"]), ("FSIZE", 1 << 26), ("CORE", 0),
+                       ("CPU", limits["seconds"] + 5), ("NPROC", limits["processes"])):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+    if limits["user"] is not None:
+        os.setgroups([])
+        os.setgid(limits["user"])
+        os.setuid(limits["user"])
+
+
+def run(folder, limits):
+    """Make the calls of one request."""
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nothing, descriptor)
+    os.closerange(3, 256)
+    with open(os.path.join(folder, "request.json"), encoding="utf-8") as file:
+        request = json.load(file)
+    answers = open(os.path.join(folder, "answers.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
+    os.chdir(os.path.join(folder, "code"))
+    os.environ |= {"HOME": folder, "TMPDIR": folder}
+    confine(limits)
+    sys.path[:] = [os.getcwd(), *(p for p in sys.path if p and p != os.path.dirname(__file__))]
+    for number, name, arguments in request["calls"]:
+        arguments = decode(arguments)
+        answer = {"call": number}
+        try:
+            answer["value"] = encode(call(name, arguments, number))
+            answer["inputs"] = encode(arguments)
+        except MemoryError:
+            answer["error"] = ["MemoryError", "no memory is left"]
+        except BaseException as error:  # a submission may raise anything
+            answer["error"] = [type(error).__name__, str(error)[:300]]
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def call(name, arguments, number):
+    if name == "train_head":
+        return train_head(*arguments)
+    import adapters
+
+    if name == "leak_check":
+        arguments = [asker(number), *arguments]
+    return getattr(adapters, name)(*arguments)
+
+
+def asker(number):
+    """The `predict` of exercise 9: tokens go to the grader, which holds the method and its truth."""
+    ask, tell = open("../ask", "w", encoding="utf-8"), open("../tell", encoding="utf-8")  # noqa: SIM115
+
+    def predict(tokens):
+        print(json.dumps({"call": number, "tokens": encode(tokens)}), file=ask, flush=True)
+        answer = json.loads(tell.readline())
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return decode(answer["losses"])
+
+    return predict
+
+
+def train_head(weight, rank, hidden, targets, statistics, asked, steps, seed):
+    """12. Train my_head.MyHead as every head is trained; how many parameters it trains, and its
+    logits for each (hidden, statistics) that is asked for.
+
+    hidden (N, T, C), targets (N, T), statistics (N, C).
+    """
+    from my_head import MyHead
+
+    torch.manual_seed(seed)
+    head = MyHead(weight, rank, statistics)
+    parameters = [p for p in head.parameters() if p.requires_grad and p is not head.weight]
+    rate = float(getattr(head, "rate", 1e-2))
+    fit_head(head, parameters, hidden, targets, statistics, steps, rate, seed)
+    with torch.no_grad():
+        logits = [head(h, s) for h, s in asked]
+    return sum(p.numel() for p in parameters), logits
+
+
+def fit_head(head, parameters, hidden, targets, statistics, steps, rate, seed):
+    """AdamW on batches of 16 rows, the rate falling to zero in a straight line."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 - step / steps)
+        index = torch.randint(len(hidden), (16,), generator=generator)
+        logits = head(hidden[index], statistics[index])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[index].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+# ------------------------------------------------------------------------------------- the parent
+
+
+def main():
+    """Fork a child for each line of standard input; print its number, and later how it ended."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        folder, limits = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                run(folder, limits)
+            finally:
+                os._exit(0)
+        print(pid, flush=True)
+        print(os.waitpid(pid, 0)[1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
