@@ -234,12 +234,12 @@ class Drawer:
         found.append(Case("what is trained, what is frozen", 2, [("lora_names", [n_layer, 2])],
                           check_names))
         state = {"transformer.wte.weight": (9, 8), "transformer.wpe.weight": (6, 8)}
-        for name, n_out, n_in in (("attn.c_attn", 24, 8), ("attn.c_proj", 8, 8),
+        for name, wide, deep in (("attn.c_attn", 24, 8), ("attn.c_proj", 8, 8),
                                   ("mlp.c_fc", 32, 8), ("mlp.c_proj", 8, 32)):
-            state |= {f"transformer.h.0.{name}.weight": (n_out, n_in),
-                      f"transformer.h.0.{name}.bias": (n_out,),
-                      f"transformer.h.0.{name}.lora_A": (3, n_in),
-                      f"transformer.h.0.{name}.lora_B": (n_out, 3)}
+            state |= {f"transformer.h.0.{name}.weight": (wide, deep),
+                      f"transformer.h.0.{name}.bias": (wide,),
+                      f"transformer.h.0.{name}.lora_A": (3, deep),
+                      f"transformer.h.0.{name}.lora_B": (wide, 3)}
         for name in ("h.0.ln_1", "h.0.ln_2", "ln_f"):
             state |= {f"transformer.{name}.weight": (8,), f"transformer.{name}.bias": (8,)}
         state = {name: self.normal(*shape) / 2 for name, shape in state.items()}
@@ -265,12 +265,12 @@ class Drawer:
 
     # ---------------------------------------------------------------------------- 3. Lloyd
 
-    def blobs(self, k, each, C, dtype=F32):
+    def blobs(self, k, each, C, noise=0.3):
         """k far groups of points, shuffled: points and the group of each."""
         group = torch.arange(k).repeat_interleave(each)
         group = group[torch.randperm(len(group), generator=self.generator)]
-        centres = 20 * torch.eye(k, C, dtype=dtype) + self.normal(1, C, dtype=dtype)
-        return centres[group] + 0.3 * self.normal(len(group), C, dtype=dtype), group
+        centres = 20 * torch.eye(k, C) + self.normal(1, C)
+        return centres[group] + noise * self.normal(len(group), C), group
 
     def exercise_3(self):
         found = []
@@ -370,7 +370,7 @@ class Drawer:
         found = [Case("how often each is drawn", 6,
                       [("kmeans_seeds", [points, 3, start + i]) for i in range(800)],
                       lambda values, points=points: check_draws(points, values))]
-        points, group = self.blobs(6, 8, 100)
+        points, group = self.blobs(6, 8, 100, noise=0.01)
 
         def check_groups(values):
             for chosen in values:
@@ -421,8 +421,8 @@ class Drawer:
         def check_pure(values):
             for batches in values:
                 pure = sum(len(b) == size and len(cluster[b].unique()) == 1 for b in batches)
-                if pure < 6:
-                    return (f"{pure} full batches of one cluster where 6 are possible: is each "
+                if pure < 5:
+                    return (f"{pure} full batches of one cluster where 5 are possible: is each "
                             f"batch of one cluster, but for leftovers?")
             return None
 
@@ -589,7 +589,7 @@ class Drawer:
                           [("hypernetwork", [statistics, start, None])],
                           lambda v, start=start: compare(v[0], start.expand(4, 13), {
                               "nothing is written: is the last bias `start`?":
-                                  torch.zeros(4, 13)})))
+                                  torch.zeros(4, 13)}, 1e-5)))
         for dtype in DTYPES:
             _, state, s = self.chameleon_inputs(dtype)
             net = {n.removeprefix("hypernetwork."): t for n, t in state.items() if "." in n}
@@ -966,7 +966,7 @@ def inertia(points, centroids, cluster):
 def lost_points(shift):
     """Points (N, 2) and k = 3 for which the second of the seeds 0, 1, 2 loses both of its points in
     the first step, to its neighbours on either side. One point lies far off."""
-    line = [-1.2, -0.4, 1.3, 0.42] + [-0.81] * 300 + [0.82] * 300 + [0.82]
+    line = [-1.19, -0.42, 1.3, 0.42] + [-0.81] * 300 + [0.82] * 300 + [0.82]
     points = torch.tensor([[x, 0.0] for x in line])
     points[-1, 1] = 8.0
     return points + shift, 3
