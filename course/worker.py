@@ -85,9 +85,7 @@ def run(folder, limits):
     os.chdir(os.path.join(folder, "code"))
     os.environ |= {"HOME": folder, "TMPDIR": folder}
     confine(limits)
-    here, library = os.path.dirname(__file__), limits["library"]
-    paths = [os.getcwd(), library, library and f"{library}/lib-dynload", *sys.path]
-    sys.path[:] = [p for p in paths if p and p != here]
+    sys.path[:] = [os.getcwd(), *(p for p in sys.path if p and p != os.path.dirname(__file__))]
     for number, name, arguments in request["calls"]:
         arguments = decode(arguments)
         answer = {"call": number}
