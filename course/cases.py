@@ -432,7 +432,8 @@ class Drawer:
                 return "the same seed gives other batches"
             if all(identical(again, b) for b in other):
                 return "whatever the seed, the batches are the same: are they drawn anew?"
-            together = [{frozenset(b.tolist()) for b in batches} for batches in values[1:]]
+            together = [{frozenset(b.tolist()) for b in batches
+                         if cluster[b].eq(3).all() and len(b) == size} for batches in values[1:]]
             if all(t == together[0] for t in together):
                 return "the same rows share a batch in every epoch: are rows shuffled?"
             kinds = [[int(cluster[b[0]]) for b in batches] for batches in values[1:]]
@@ -719,7 +720,8 @@ class Drawer:
                  [(letters[:n + 4], "abc"), ("", letters[:20]), (letters[:n + 1], "abc"),
                   (letters[:n], "xyz")])):
             found.append(Case(f"cut: {name}", 1, [("cut", [documents, n])],
-                              lambda v, d=documents, n=n: check_cut(v[0], ours.cut(d, n), n)))
+                              lambda v, want=ours.cut(documents, n), n=n: check_cut(
+                                  v[0], want, n)))
         for dtype in DTYPES:
             table, tokens = self.normal(7, 7, dtype=dtype), self.integers(0, 7, 4, 6)
             goal = self.integers(0, 7, 4, 6)
@@ -730,7 +732,12 @@ class Drawer:
             n = (goal != -1).sum(dim=1)
             each = F.cross_entropy(table[tokens].flatten(0, 1).double(),
                                    goal.clamp(min=0).flatten(), reduction="none").view(4, 6)
-            causes = {"means, not sums": want / n, "what is ignored is scored": each.sum(dim=1),
+            causes = {"means, not sums": want / n, "means over places, not sums": want / 5,
+                      "means over all places, not sums": want / 6,
+                      "what is ignored is scored": each.sum(dim=1),
+                      "what is ignored is scored, from where one row is": each[:, 1:].sum(dim=1),
+                      "one number for all rows": want.mean().expand(4),
+                      "one sum for all rows": want.sum().expand(4),
                       "bits, not nats": want / math.log(2), "the sign is wrong": -want,
                       "a row's last token is not scored": (each * (goal != -1))[:, :-1].sum(dim=1),
                       "a row's first scored token is not": want - each.gather(
@@ -1067,8 +1074,10 @@ def check_cut(got, want, block_size):
         return "a row's length is not the number of its tokens"
     if any(row[1] > block_size + 1 for row in got):
         return f"a row has more than block_size + 1 = {block_size + 1} tokens"
-    if any(a[0] == b[0] and a[3:] and a[-1] == b[3] and a[1] + b[1] > 2 and len(got) > len(want)
-           for a, b in zip(got, got[1:], strict=False)):
+    if any(row[1] == block_size + 1 for row in want) and all(row[1] <= block_size for row in got):
+        return "rows are too short: a full row has block_size + 1 tokens, T inputs and T targets"
+    pairs = [(a, b) for a, b in zip(got, got[1:], strict=False) if a[0] == b[0] and len(a) > 4]
+    if pairs and all(a[-1] == b[3] for a, b in pairs if len(b) > 3):
         return "rows overlap by one token: no two rows may share a token"
     if len(got) < len(want):
         return f"{len(got)} rows where {len(want)} are expected: is a short last row lost?"
@@ -1147,7 +1156,7 @@ class Method:
                 "continuation of the next row": rest.roll(-1, 0),
                 "first scored token counted as prompt":
                     (one * longer).sum(dim=1) / (self.prompt[:, None] + 1),
-                "one row alone": alone, "faint": same @ (0.99 * prompts + 0.01 * whole),
+                "one row alone": alone, "faint": same @ prompts + 0.01 * rest.roll(-1, 0),
                 "clusters of whole rows": torch.stack([prompts[chosen == k].sum(dim=0) / N
                                                        for k in (0, 1)])[chosen]}[kind]
         return told[:, None].expand(N, W - 1, self.V)
