@@ -26,7 +26,7 @@ class Case:
     weight: float
     calls: list  # of (name of a function in adapters.py, arguments)
     check: Callable | None  # values of the calls -> None, a message, or (share, message)
-    raises: str | None = None  # the exception that every call has to raise
+    raises: str | None = None  # the exception that every call but the last has to raise
     record: dict = field(default_factory=dict)  # what a leaderboard keeps of it
 
 
@@ -322,8 +322,7 @@ class Drawer:
                           lambda v: first(compare(v[0][1], group[order]),
                                           compare(v[0][0], centres))))
         points, bad = self.normal(300, 3), torch.arange(8)
-        centroids, cluster = ours.kmeans(points, 8, 0, bad)
-        right = inertia(points, centroids, cluster)
+        right = inertia(points, *ours.kmeans(points, 8, 0, bad))
 
         def check_steps(values, points=points):
             c, n = values[0]
@@ -357,8 +356,9 @@ class Drawer:
         nan[self.random.randrange(6), 1] = math.nan
         found.append(Case("a point that is not finite, or no point, is refused", 1,
                           [("kmeans", [nan, 2, 0, torch.tensor([0, 1])]),
-                           ("kmeans", [nan[:0], 2, 0, torch.tensor([0, 1])])],
-                          None, raises="ValueError"))
+                           ("kmeans", [nan[:0], 2, 0, torch.tensor([0, 1])]),
+                           ("kmeans", [centroids[:2], 2, 0, torch.tensor([0, 1])])],
+                          lambda v: compare(v[2][0], centroids[:2]), raises="ValueError"))
         return found
 
     # ---------------------------------------------------------------------------- 4. k-means++

@@ -9,9 +9,10 @@
 Inputs are drawn anew each time. The submission's functions run in a process of their own, one an
 exercise, that is given inputs and nothing else; right values are computed here, and compared here.
 
-What keeps a submission from reading them: where the grader runs as root (as on Gradescope), the
-process runs as a user who may not open the reference. Where it does not, a submission can open
-whatever you can: then read what you grade, or use a container.
+What keeps a submission from reading them: on Linux 5.13 or later it gives up all files but
+Python's and its own (Landlock), before a line of it is run. Where the grader runs as root, as on
+Gradescope, it also runs as another user, to whom the reference is closed. Where neither is so, it can
+open whatever you can, and the grader says so: then read what you grade, or use a container.
 """
 
 import argparse
@@ -42,7 +43,7 @@ import torch  # noqa: E402
 import cases  # noqa: E402
 from common import UserError, printable, run_cli, write_json  # noqa: E402
 from exercises import EXERCISES  # noqa: E402
-from worker import decode, encode  # noqa: E402
+from worker import decode, encode, landlock  # noqa: E402
 
 SIX = ["model.py", "cluster.py", "hypernet.py", "data.py", "train.py", "eval.py"]
 EXTRA = {9: "leak_check.py", 11: "false_win.json", 12: "my_head.py"}
@@ -139,6 +140,8 @@ class Worker:
             print("note: torch lies in a private folder, so submissions run as the user root")
         self.process = None
         self.before = frozenset(children())  # none of a submission's
+        if not landlock() and (self.user is None or open_to_all(ROOT)):
+            print("note: a submission can read the reference here; see the top of grade.py")
         if sys.platform == "linux":  # orphans of a submission become ours, to be ended
             ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
@@ -340,7 +343,7 @@ def read_answers(folder, n):
 # -------------------------------------------------------------------------------- grading
 
 
-def grade_exercise(exercise, worker, code, seed):
+def grade_exercise(exercise, worker, code, seed, records):
     """Points (earned, possible) and a message a lost case, each with its points."""
     extra = EXTRA.get(exercise.number)
     if extra and not (code / extra).exists():
@@ -364,6 +367,7 @@ def grade_exercise(exercise, worker, code, seed):
         sent = requests[at:at + len(case.calls)]
         at += len(case.calls)
         share, message = judge(case, part, sent)
+        records |= case.record
         worth = exercise.points * case.weight / total
         earned += worth * share
         if share < 1:
@@ -374,22 +378,21 @@ def grade_exercise(exercise, worker, code, seed):
 def judge(case, results, sent):
     """The share of a case's points that was earned, and what is wrong."""
     values = []
-    for result, (name, arguments) in zip(results, sent, strict=True):
+    for i, (result, (name, arguments)) in enumerate(zip(results, sent, strict=True)):
         kind, *rest = result
-        if kind == "error" and case.raises and rest[0] == case.raises:
+        refused = case.raises and i < len(results) - 1
+        if kind == "error" and refused and rest[0] == case.raises:
             values.append(None)
         elif kind == "error":
             return 0.0, f"{name} raised {rest[0]}: {printable(rest[1])}"
         elif kind == "lost":
             return 0.0, f"{name} gave no answer: {rest[0]}"
-        elif case.raises:
+        elif refused:
             return 0.0, f"{name} should raise {case.raises}"
         elif not cases.identical(rest[1], decode(encode(arguments))):
             return 0.0, f"{name} changed what it was given; work on a copy"
         else:
             values.append(rest[0])
-    if case.raises:
-        return 1.0, ""
     try:
         found = case.check(values)
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError,
@@ -403,6 +406,8 @@ def grade(submission, numbers, seed, say=print, out=None, worker=None):
     """Grade; returns {exercise: (earned, messages)}. Results are rewritten after each exercise."""
     own = worker or Worker()
     results = {}
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder)
         notes = unpack(submission, code)
@@ -412,11 +417,17 @@ def grade(submission, numbers, seed, say=print, out=None, worker=None):
             for exercise in EXERCISES:
                 if exercise.number not in numbers:
                     continue
-                results[exercise.number] = grade_exercise(exercise, own, code, seed)
+                records = {}  # for the leaderboard
+                results[exercise.number] = grade_exercise(exercise, own, code, seed, records)
                 earned, messages = results[exercise.number]
                 say(f"{exercise.number:2d}. {exercise.title}: {earned:.1f} of {exercise.points}")
                 for points, message in messages:
                     say(f"      -{points:.1f}  {message}")
+                if out and exercise.number == 12 and records:
+                    with open(Path(out) / "leaderboard.jsonl", "a", encoding="utf-8") as file:
+                        line = {"when": time.strftime("%Y-%m-%d %H:%M"),
+                                "submission": Path(submission).name, **records}
+                        file.write(json.dumps(line) + "\n")
                 if out:
                     write_json(Path(out) / "results.json", gradescope(results, notes, numbers))
         finally:
@@ -462,7 +473,8 @@ OMP_NUM_THREADS=1 /opt/venv/bin/python source/course/grade.py submission --out r
 
 def write_zip(path):
     files = [*(ROOT / name for name in [*SIX, "common.py", "requirements.txt"]),
-             *(HERE / f"{name}.py" for name in ("grade", "cases", "worker", "adapters", "exercises"))]
+             *(HERE / f"{name}.py" for name in ("grade", "cases", "worker", "adapters", "exercises",
+                                            "open_head"))]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in files:
             archive.write(file, file.relative_to(ROOT))

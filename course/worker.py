@@ -6,6 +6,7 @@ call, with what) and writes one line of JSON for each call. What the child says 
 grader computes the right values elsewhere, and compares them there.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -61,8 +62,45 @@ def decode(value):
 # ------------------------------------------------------------------------------------- the child
 
 
-def confine(limits):
-    """Give up what a submission does not need: another user's rights, memory, processes."""
+def landlock():
+    """Version of Linux's Landlock, by which a process gives up files; 0 where there is none."""
+    if sys.platform != "linux":
+        return 0
+    return max(0, ctypes.CDLL(None, use_errno=True).syscall(444, None, 0, 1))
+
+
+def close_files(folder):
+    """Give up all files but those of Python (read alone) and of `folder`, TCP, and signals to
+    processes outside: as far as this system's Landlock can (docs.kernel.org/userspace-api)."""
+    version, libc = landlock(), ctypes.CDLL(None, use_errno=True)
+    if not version:
+        return
+    everything = (1 << {1: 13, 2: 14}.get(version, 15)) - 1
+    attributes = (ctypes.c_uint64 * 3)(everything, 3, 3)
+    size = 8 if version < 4 else 16 if version < 6 else 24
+    rules = libc.syscall(444, ctypes.byref(attributes), size, 0)
+    read, read_file = 1 | 4 | 8, 4
+    allowed = {folder: everything, "/dev/null": read_file | 2, "/dev/urandom": read_file,
+               f"/proc/{os.getpid()}": read}
+    for path in (sys.prefix, sys.base_prefix, *sys.path[1:], "/usr", "/lib", "/lib64", "/etc",
+                 "/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu"):
+        allowed.setdefault(path, read)
+    for path, access in allowed.items():
+        if os.path.exists(path):
+            descriptor = os.open(path, os.O_PATH)
+            if not os.path.isdir(path):
+                access &= 1 | 2 | 4
+            rule = access.to_bytes(8, sys.byteorder) + descriptor.to_bytes(4, sys.byteorder)
+            libc.syscall(445, rules, 1, rule, 0)
+            os.close(descriptor)
+    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    if rules < 0 or libc.syscall(446, rules, 0):
+        raise OSError("Landlock is there and cannot be used")
+    os.close(rules)
+
+
+def confine(folder, limits):
+    """Give up what a submission does not need: another user's rights, files, memory, processes."""
     for name, most in (("AS", limits["memory"]), ("FSIZE", 1 << 26), ("CORE", 0),
                        ("CPU", limits["seconds"] + 5), ("NPROC", limits["processes"])):
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
@@ -70,6 +108,7 @@ def confine(limits):
         os.setgroups([])
         os.setgid(limits["user"])
         os.setuid(limits["user"])
+    close_files(folder)
 
 
 def run(folder, limits):
@@ -81,11 +120,11 @@ def run(folder, limits):
     os.closerange(3, 256)
     with open(os.path.join(folder, "request.json"), encoding="utf-8") as file:
         request = json.load(file)
-    answers = open(os.path.join(folder, "answers.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
+    answers = open(os.path.join(folder, "answers.jsonl"), "a", encoding="utf-8")
     os.chdir(os.path.join(folder, "code"))
     os.environ |= {"HOME": folder, "TMPDIR": folder}
-    confine(limits)
     sys.path[:] = [os.getcwd(), *(p for p in sys.path if p and p != os.path.dirname(__file__))]
+    confine(folder, limits)
     for number, name, arguments in request["calls"]:
         arguments = decode(arguments)
         answer = {"call": number}
@@ -112,7 +151,7 @@ def call(name, arguments, number):
 
 def asker(number):
     """The `predict` of exercise 9: tokens go to the grader, which holds the method and its truth."""
-    ask, tell = open("../ask", "w", encoding="utf-8"), open("../tell", encoding="utf-8")  # noqa: SIM115
+    ask, tell = open("../ask", "w", encoding="utf-8"), open("../tell", encoding="utf-8")
 
     def predict(tokens):
         print(json.dumps({"call": number, "tokens": encode(tokens)}), file=ask, flush=True)

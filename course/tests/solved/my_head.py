@@ -1,6 +1,5 @@
 """Exercise 12, one way: a written update of low rank, and a bias that the statistic chooses."""
 
-import torch
 import torch.nn as nn
 
 from model import LMHead, lora_factors
