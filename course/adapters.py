@@ -84,7 +84,8 @@ def cluster_centres(points: Tensor, cluster: Tensor, k: int) -> tuple[Tensor, Te
     return means(points, cluster, k)
 
 
-def kmeans(points: Tensor, k: int, seed: int, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def kmeans(points: Tensor, k: int, seed: int,
+           chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """3c. points (N, C) -> centroids (k, C), cluster (N,). chosen (k,): indices of the points to
     start from, in place of those of k-means++."""
     from unittest.mock import patch

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 import adapters as ours
 
 F32, F64 = torch.float32, torch.float64
+LEAST_RATES = 2  # of each method in exercise 11
 DTYPES = (F32, F64)
 
 
@@ -174,7 +176,8 @@ class Drawer:
         def check_start(values):
             (A, B), (A2, _), (A3, _) = values
             if tuple(A.shape) != (rank, n_in) or tuple(B.shape) != (n_out, rank):
-                return f"shapes {tuple(A.shape)} and {tuple(B.shape)}: A is (rank, in), B (out, rank)"
+                return (f"shapes {tuple(A.shape)} and {tuple(B.shape)}: A is (rank, in), "
+                        f"B (out, rank)")
             if B.any():
                 return "B is not zero at the start: training would not start at the frozen layer"
             if not A.any():
@@ -226,8 +229,8 @@ class Drawer:
             if len(trained) > 8 * n_layer:
                 return "more than the factors is trained: is the base frozen?"
             if len(trained) < 8 * n_layer:
-                return (f"{len(trained)} trained tensors where {8 * n_layer} are expected: has each "
-                        f"of the {4 * n_layer} linear layers its two factors?")
+                return (f"{len(trained)} trained tensors where {8 * n_layer} are expected: has "
+                        f"each of the {4 * n_layer} linear layers its two factors?")
             right = len(ours.lora_names(n_layer, 2)[1])
             return None if len(frozen) == right else f"{len(frozen)} frozen tensors, not {right}"
 
@@ -486,8 +489,8 @@ class Drawer:
                           lambda v: first(*(check_once(b, 203, 8) for b in v))))
         found.append(Case("shuffled: little padding", 1, calls, lambda v: first(
             *(check_once(b, 203, 8) for b in v), check_padding(v))))
-        found.append(Case("shuffled: drawn anew with the seed", 1, [calls[0], *calls], lambda v: first(
-            *(check_once(b, 203, 8) for b in v), check_anew(v))))
+        found.append(Case("shuffled: drawn anew with the seed", 1, [calls[0], *calls],
+                          lambda v: first(*(check_once(b, 203, 8) for b in v), check_anew(v))))
         return found
 
     # ---------------------------------------------------------------------------- 6. statistics
@@ -577,8 +580,9 @@ class Drawer:
         shapes = {"0": (64, C), "2": (32, 64), "4": (n, 32)}
         state = {}
         for layer, (n_out, n_in) in shapes.items():
-            state[f"hypernetwork.{layer}.weight"] = self.normal(n_out, n_in, dtype=dtype) / n_in ** 0.5
-            state[f"hypernetwork.{layer}.bias"] = self.normal(n_out, dtype=dtype) / 2
+            name = f"hypernetwork.{layer}"
+            state[f"{name}.weight"] = self.normal(n_out, n_in, dtype=dtype) / n_in ** 0.5
+            state[f"{name}.bias"] = self.normal(n_out, dtype=dtype) / 2
         state |= {"center": self.normal(C, dtype=dtype), "clusters": self.normal(3, C, dtype=dtype),
                   "spread": self.normal(C, dtype=dtype).abs() + 0.3}
         return weight, state, self.normal(B, C, dtype=dtype)
@@ -653,7 +657,8 @@ class Drawer:
                       "the update is the mean of all rows'":
                           base + 4 * hidden @ A.mean(0).T @ B.mean(0).T}
             found.append(self.value(f"logits, {str(dtype)[6:]}", 2,
-                                    ("chameleon_logits", [weight, 2, 8.0, state, hidden, s]), causes))
+                                    ("chameleon_logits", [weight, 2, 8.0, state, hidden, s]),
+                                    causes))
         call = [weight, 2, 8.0, None, hidden, s]
         found.append(Case("step 0: the frozen head's logits", 1, [("chameleon_logits", call)],
                           lambda v: compare(v[0], hidden @ weight.T) and
@@ -719,9 +724,9 @@ class Drawer:
                 ("an instruction that fills a row; mixed with text",
                  [(letters[:n + 4], "abc"), ("", letters[:20]), (letters[:n + 1], "abc"),
                   (letters[:n], "xyz")])):
+            want = ours.cut(documents, n)
             found.append(Case(f"cut: {name}", 1, [("cut", [documents, n])],
-                              lambda v, want=ours.cut(documents, n), n=n: check_cut(
-                                  v[0], want, n)))
+                              lambda v, want=want, n=n: check_cut(v[0], want, n)))
         for dtype in DTYPES:
             table, tokens = self.normal(7, 7, dtype=dtype), self.integers(0, 7, 4, 6)
             goal = self.integers(0, 7, 4, 6)
@@ -765,16 +770,18 @@ class Drawer:
                 ("continuation of the next row", "prompt of the next row",
                  "what a row is told contains the continuation of another row"),
                 ("running, with the scored token", "running",
-                 "a running statistic includes the token that is scored: change that token, and ask "
-                 "whether the probabilities of all its values still sum to 1"),
+                 "a running statistic includes the token that is scored: change that token, and "
+                 "ask whether the probabilities of all its values still sum to 1"),
                 ("target", "nothing", "the target itself is read: change the scored token alone"),
                 ("next but one", "nothing", "a prediction reads the token after its target"),
                 ("first scored token counted as prompt", "own prompt",
                  "the statistic's prompt is one token too long"),
-                ("one row alone", "prompts of the cluster", "one row alone leaks: look at every row"),
+                ("one row alone", "prompts of the cluster",
+                 "one row alone leaks: look at every row"),
                 ("clusters of whole rows", "prompts of the cluster",
                  "the statistic is of prompts, but whole rows choose the cluster"),
-                ("faint", "prompts of the cluster", "the leak is small, a hundredth of the others")):
+                ("faint", "prompts of the cluster",
+                 "the leak is small, a hundredth of the others")):
             kinds = [leak, twin] * 2
             calls = []
             for kind in kinds:
@@ -892,30 +899,37 @@ class Drawer:
             missing = {"false", "fair", "text"} - given.keys()
             return f"{', '.join(sorted(missing))} missing" if missing else None
 
+        def entries(part, method):
+            """(rate, loss) of a method's entries."""
+            return [(number(e["lr"]), number(e["loss"])) for e in given[part]
+                    if e["method"] == method and type(e["seed"]) is int]
+
         def false_win(values):
-            losses = {name: number(given["false"][name]["loss"]) for name in ("lora", "chameleon")}
-            for name in losses:
-                number(given["false"][name]["rate"])
-            return None if losses["chameleon"] < losses["lora"] else (
+            lora, ours = dict(entries("false", "lora")), dict(entries("false", "chameleon"))
+            both = lora.keys() & ours.keys()
+            if not both:
+                return "\"false\" is to have lora and chameleon at one rate, and has not"
+            return None if all(ours[rate] < lora[rate] for rate in both) else (
                 "\"false\" is to show chameleon below lora, and it does not")
 
-        def fair(name):
+        def fair(method):
             def check(values):
-                entry = given["fair"][name]
-                losses = {float(r): number(loss) for r, loss in entry["losses"].items()}
-                if len(losses) < 3:
-                    return f"{len(losses)} rates; at least three are needed"
-                best = min(losses, key=losses.get)
-                if not math.isclose(best, number(entry["rate"]), rel_tol=1e-6):
-                    return f"the rate {entry['rate']} is not the best of those listed, {best:g}"
-                if best in (min(losses), max(losses)):
-                    return 0.5, f"the best rate, {best:g}, is at the edge of those listed: go on"
-                return None
+                by_rate = {}
+                for rate, loss in entries("fair", method):
+                    by_rate.setdefault(rate, []).append(loss)
+                if len(by_rate) < LEAST_RATES:
+                    return f"{len(by_rate)} rates where {LEAST_RATES} at least are needed"
+                chosen = max(by_rate, key=lambda rate: len(by_rate[rate]))
+                if len(by_rate[chosen]) < 3:
+                    return "no rate has three seeds"
+                best = min(by_rate, key=lambda rate: sum(by_rate[rate]) / len(by_rate[rate]))
+                return None if best == chosen else (
+                    f"three seeds are at the rate {chosen:g}, and {best:g} is better")
             return check
 
         def text(values):
             words = len(str(given["text"]).split())
-            return None if 100 <= words <= 400 else f"{words} words of text; 100 to 400 are asked for"
+            return None if 100 <= words <= 400 else f"{words} words of text, not 100 to 400"
 
         return [Case("the file", 1, [], reading), Case("the false win", 2, [], false_win),
                 *(Case(f"fair: {n}", 2, [], fair(n)) for n in ("lora", "lora-match", "chameleon")),
@@ -950,9 +964,11 @@ def attention_mistakes(x, w, H):
 
     mixed = F.linear(x, w["c_attn.weight"], w["c_attn.bias"]).view(B, T, H, 3, d).unbind(3)
     return {"looks as if 1 / sqrt(d) were forgotten": attend(q, k, v, scale=1.0)[0],
-            "scaled by 1 / sqrt(C), not by the width of a head": attend(q, k, v, scale=C ** -0.5)[0],
+            "scaled by 1 / sqrt(C), not by the width of a head":
+                attend(q, k, v, scale=C ** -0.5)[0],
             "scaled by 1 / d, not 1 / sqrt(d)": attend(q, k, v, scale=1 / d)[0],
-            "every query sees all keys: is the mask there?": attend(q, k, v, hidden=later & False)[0],
+            "every query sees all keys: is the mask there?":
+                attend(q, k, v, hidden=later & False)[0],
             "the mask is off by one: a query sees the next key":
                 attend(q, k, v, hidden=later.triu(2))[0],
             "the mask is off by one: a query does not see its own key":
@@ -984,7 +1000,8 @@ def check_lost(values):
     if not c.isfinite().all():
         return "an empty cluster's centroid is not finite: is 0 divided by 0?"
     if len(n.unique()) < 3:
-        return "a cluster is empty at the end: one that loses all points moves to the farthest point"
+        return ("a cluster is empty at the end: one that loses all points moves to the farthest "
+                "point")
     alone = (n == n[-1]).sum()
     return None if alone == 1 else ("the farthest point is not a cluster of its own: where does a "
                                     "centroid without points move to?")
@@ -1026,7 +1043,8 @@ def check_draws(points, values):
         return best
     # Twice the log of how much better the triples explain themselves: 23 degrees of freedom.
     own = sum(t * math.log(t / n) for t in count.tolist())
-    return "not drawn by the square of the distance" if 2 * (own - likelihood["right"]) > 80 else None
+    worse = 2 * (own - likelihood["right"])
+    return "not drawn by the square of the distance" if worse > 80 else None
 
 
 def check_once(batches, N, size):
@@ -1076,13 +1094,14 @@ def check_cut(got, want, block_size):
         return f"a row has more than block_size + 1 = {block_size + 1} tokens"
     if any(row[1] == block_size + 1 for row in want) and all(row[1] <= block_size for row in got):
         return "rows are too short: a full row has block_size + 1 tokens, T inputs and T targets"
-    pairs = [(a, b) for a, b in zip(got, got[1:], strict=False) if a[0] == b[0] and len(a) > 4]
+    pairs = [(a, b) for a, b in pairwise(got) if a[0] == b[0] and len(a) > 4]
     if pairs and all(a[-1] == b[3] for a, b in pairs if len(b) > 3):
         return "rows overlap by one token: no two rows may share a token"
     if len(got) < len(want):
         return f"{len(got)} rows where {len(want)} are expected: is a short last row lost?"
     if len(got) > len(want):
-        return f"{len(got)} rows where {len(want)} are expected: is a row without a scored token kept?"
+        return (f"{len(got)} rows where {len(want)} are expected: is a row without a scored token "
+                f"kept?")
     for a, b in zip(got, want, strict=True):
         if a[3:] != b[3:]:
             if a[3:] == b[3:-1]:

@@ -11,8 +11,8 @@ exercise, that is given inputs and nothing else; right values are computed here,
 
 What keeps a submission from reading them: on Linux 5.13 or later it gives up all files but
 Python's and its own (Landlock), before a line of it is run. Where the grader runs as root, as on
-Gradescope, it also runs as another user, to whom the reference is closed. Where neither is so, it can
-open whatever you can, and the grader says so: then read what you grade, or use a container.
+Gradescope, it also runs as another user, to whom the reference is closed. Where neither is so, it
+can open whatever you can, and the grader says so: then read what you grade, or use a container.
 """
 
 import argparse
@@ -306,7 +306,7 @@ def answer_asked(asked, tell, predict):
             question = json.loads(line)
             answer = {"losses": encode(predict(question["call"], decode(question["tokens"])))}
         except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-            answer = {"error": "predict was given something else than tokens of the shape of its own"}
+            answer = {"error": "predict takes tokens of the shape and kind that were given"}
         try:
             os.write(tell, json.dumps(answer).encode() + b"\n")
         except OSError:
@@ -442,8 +442,8 @@ def gradescope(results, notes, numbers):
         if exercise.number in numbers:
             earned, messages = results.get(exercise.number, (0.0, [(0, "not graded yet")]))
             tests.append({"name": f"{exercise.number}. {exercise.title}", "score": round(earned, 2),
-                          "max_score": exercise.points,
-                          "output": "\n".join(f"-{p:.1f}  {m}" for p, m in messages) or "all right"})
+                          "max_score": exercise.points, "output": "\n".join(
+                              f"-{p:.1f}  {m}" for p, m in messages) or "all right"})
     return {"score": round(sum(t["score"] for t in tests), 2), "tests": tests,
             "output": "\n".join(notes), "visibility": "visible"}
 

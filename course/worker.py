@@ -50,7 +50,7 @@ def decode(value):
                     and all(type(n) in (bool, int, float) for n in numbers)):
                 try:
                     return torch.tensor(numbers, dtype=DTYPES[dtype]).view(shape)
-                except (KeyError, TypeError, RuntimeError, OverflowError):
+                except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):
                     pass
         if kind == "list" and type(content) is list:
             return [decode(v) for v in content]
@@ -163,21 +163,24 @@ def asker(number):
     return predict
 
 
-def train_head(weight, rank, hidden, targets, statistics, asked, steps, seed):
-    """12. Train my_head.MyHead as every head is trained; how many parameters it trains, and its
-    logits for each (hidden, statistics) that is asked for.
+def train_head(weight, rank, alpha, means, clusters, hidden, targets, statistics, asked, steps,
+               rates, seed):
+    """12. Train my_head.MyHead as every head is trained, at each rate; how many parameters it
+    trains, and at each rate its logits for each (hidden, statistics) that is asked for.
 
-    hidden (N, T, C), targets (N, T), statistics (N, C).
+    means (N, C), clusters (K, C), hidden (N, T, C), targets (N, T), statistics (N, C).
     """
     from my_head import MyHead
 
-    torch.manual_seed(seed)
-    head = MyHead(weight, rank, statistics)
-    parameters = [p for p in head.parameters() if p.requires_grad and p is not head.weight]
-    rate = float(getattr(head, "rate", 1e-2))
-    fit_head(head, parameters, hidden, targets, statistics, steps, rate, seed)
-    with torch.no_grad():
-        logits = [head(h, s) for h, s in asked]
+    logits = []
+    for rate in rates:
+        torch.manual_seed(seed)
+        head = MyHead(torch.nn.Parameter(weight, requires_grad=False), rank, alpha, len(clusters))
+        head.remember(means, clusters)
+        parameters = [p for p in head.parameters() if p.requires_grad]
+        fit_head(head, parameters, hidden, targets, statistics, steps, rate, seed)
+        with torch.no_grad():
+            logits.append([head(h, s) for h, s in asked])
     return sum(p.numel() for p in parameters), logits
 
 

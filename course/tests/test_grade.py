@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import cases  # noqa: E402
 import cheats  # noqa: E402
 import copies  # noqa: E402
 import grade  # noqa: E402
+import open_head  # noqa: E402
 import wrong  # noqa: E402
 from common import UserError  # noqa: E402
 from exercises import EXERCISES  # noqa: E402
@@ -184,23 +184,25 @@ def test_the_autograder_holds_what_grading_needs_and_no_more(tmp_path):
         archive.extractall(tmp_path / "source")
     assert {"setup.sh", "run_autograder", "model.py", "course/grade.py"} <= names
     assert not any("tests" in n for n in names)
+    (tmp_path / "temporary").mkdir()
     ran = subprocess.run([sys.executable, "source/course/grade.py", TEXTBOOK, "--exercises", "4"],
-                         cwd=tmp_path, capture_output=True, text=True)
-    assert "4. k-means++: 5.0 of 5" in ran.stdout, ran.stdout + ran.stderr
+                         cwd=tmp_path, capture_output=True, text=True,
+                         env=os.environ | {"TMPDIR": str(tmp_path / "temporary")})
+    assert ran.returncode == 0 and "4. k-means++: 5.0 of 5" in ran.stdout, ran.stdout + ran.stderr
+    assert os.listdir(tmp_path / "temporary") == []  # nothing is left behind
 
 
-def test_the_open_exercise_pays_for_a_gain_alone(worker, tmp_path):
+def test_the_open_exercise_pays_for_a_gain_alone(worker, tmp_path, monkeypatch):
+    monkeypatch.setattr(open_head, "STEPS", 150)
     copies.own(tmp_path)
     found, messages, _ = points(tmp_path, {12}, worker, out=tmp_path / "out")
     line = json.loads((tmp_path / "out" / "leaderboard.jsonl").read_text())
-    assert found[12] > 2 and line["gain"] > 0, messages
+    assert found[12] > 1 and line["gain"] > 0, messages
 
 
 def test_what_crosses_to_the_grader_is_plain():
     for value in (torch.randn(2, 0, 3), torch.tensor(True), [1, (2.5, None)], {"a": torch.arange(3)}):
-        assert cases.identical(decode(json.loads(json.dumps(encode(value)))),
-                               json.loads(json.dumps([list(value[1])])) and [1, [2.5, None]]
-                               if isinstance(value, list) else value)
+        assert cases.identical(decode(json.loads(json.dumps(encode(value)))), value)
     for odd in ({"tensor": ["torch.float32", [2], [1]]}, {"tensor": ["float", [1], [1]]},
                 {"tensor": ["torch.int8", [-1], []]}, {"tensor": ["torch.int8", [1], ["1"]]},
                 {"class": "x"}, {"tensor": ["torch.int64", [1], [1 << 70]]}, [1]):
@@ -215,9 +217,3 @@ def test_the_same_seed_draws_the_same_and_another_does_not():
     assert cases.identical(drawn(1), drawn(1)) and not cases.identical(drawn(1), drawn(2))
 
 
-def test_nothing_is_left_behind(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    ran = subprocess.run([sys.executable, grade.HERE / "grade.py", TEXTBOOK, "--exercises", "4"],
-                         capture_output=True, text=True)
-    assert ran.returncode == 0 and os.listdir(tmp_path) == []
-    time.sleep(0)
