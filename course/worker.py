@@ -1,9 +1,9 @@
 """Runs a submission's functions, in a process that holds no answer: see grade.py.
 
 This script never sees the reference. It is started once and imports torch; for each exercise it
-forks a fresh child, which gives up its rights, takes its limits, reads a request (which functions to
-call, with what) and writes one line of JSON for each call. What the child says is not believed: the
-grader computes the right values elsewhere, and compares them there.
+forks a fresh child, which gives up its rights, takes its limits, reads a request (which functions
+to call, with what) and writes one line of JSON for each call. What the child says is not believed:
+the grader computes the right values elsewhere, and compares them there.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ def encode(value, depth=0):
         return {"list": [encode(v, depth + 1) for v in value]}
     if isinstance(value, dict) and depth < 8:
         return {"dict": [[str(k), encode(v, depth + 1)] for k, v in value.items()]}
-    raise TypeError(f"a {type(value).__name__} was returned: tensors, lists and numbers can be read")
+    raise TypeError(f"a {type(value).__name__} was returned, not tensors, lists or numbers")
 
 
 def decode(value):
@@ -46,8 +46,8 @@ def decode(value):
         if kind == "tensor" and type(content) is list and len(content) == 3:
             dtype, shape, numbers = content
             plain = type(shape) is list and all(type(n) is int and 0 <= n <= LARGEST for n in shape)
-            if (plain and len(shape) < 9 and type(numbers) is list and math.prod(shape) == len(numbers)
-                    and all(type(n) in (bool, int, float) for n in numbers)):
+            if (plain and len(shape) < 9 and type(numbers) is list
+                    and math.prod(shape) == len(numbers) and all(type(n) in (bool, int, float) for n in numbers)):
                 try:
                     return torch.tensor(numbers, dtype=DTYPES[dtype]).view(shape)
                 except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):
@@ -150,7 +150,7 @@ def call(name, arguments, number):
 
 
 def asker(number):
-    """The `predict` of exercise 9: tokens go to the grader, which holds the method and its truth."""
+    """The `predict` of exercise 9: tokens go to the grader, which holds the method."""
     ask, tell = open("../ask", "w", encoding="utf-8"), open("../tell", encoding="utf-8")
 
     def predict(tokens):

@@ -36,8 +36,8 @@ def write(mistake, folder):
         text = source(file)
         if file == mistake.file:
             if text.count(mistake.old) != 1:
-                raise UserError(f"wrong.py: {mistake.name}: {mistake.file} has the string to replace "
-                                f"{text.count(mistake.old)} times")
+                raise UserError(f"wrong.py: {mistake.name}: the string to replace is "
+                                f"{text.count(mistake.old)} times in {mistake.file}")
             text = text.replace(mistake.old, mistake.new)
         (folder / file).write_text(text, encoding="utf-8")
 
@@ -46,7 +46,7 @@ def lost(mistake, worker, seed):
     """Points lost in the mistake's own exercise, and the first message."""
     with tempfile.TemporaryDirectory() as folder:
         write(mistake, folder)
-        results = grade.grade(folder, {mistake.exercise}, seed, say=lambda text: None, worker=worker)
+        results = grade.grade(folder, {mistake.exercise}, seed, lambda text: None, worker=worker)
     _, messages = results[mistake.exercise]
     return sum(points for points, _ in messages), messages
 
@@ -60,7 +60,8 @@ def print_table(numbers, seed):
             if mistake.exercise in numbers:
                 points, messages = lost(mistake, worker, seed)
                 text = telling(messages)
-                print(f"| {mistake.exercise} | {mistake.name} | {points:.1f} | {text} |", flush=True)
+                print(f"| {mistake.exercise} | {mistake.name} | {points:.1f} | {text} |",
+                      flush=True)
                 unseen += [mistake.name] * (points == 0)
     finally:
         worker.close()
@@ -112,7 +113,8 @@ MISTAKES = [Mistake(*m) for m in (
     # 2
     (2, "B random at the start", "model.py", "nn.Parameter(torch.zeros(n_out, rank))",
      "nn.Parameter(torch.randn(n_out, rank))"),
-    (2, "A zero too", "model.py", "nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "nn.init.zeros_(A)"),
+    (2, "A zero too", "model.py", "nn.init.kaiming_uniform_(A, a=math.sqrt(5))",
+     "nn.init.zeros_(A)"),
     (2, "alpha / rank forgotten", "model.py",
      "z = F.linear(x, self.scale * self.lora_A)", "z = F.linear(x, self.lora_A)"),
     (2, "alpha / rank twice", "model.py", UPDATE, UPDATE.replace("self.lora_B)",
@@ -124,12 +126,14 @@ MISTAKES = [Mistake(*m) for m in (
     (2, "attention alone gets LoRA", "model.py", "if isinstance(m, nn.Linear)]\n    if not found",
      "if isinstance(m, nn.Linear) and \"attn\" in name]\n    if not found"),
     (2, "merged without alpha / rank", "model.py",
-     "update = layer.scale * (layer.lora_B @ layer.lora_A)", "update = layer.lora_B @ layer.lora_A"),
+     "update = layer.scale * (layer.lora_B @ layer.lora_A)",
+     "update = layer.lora_B @ layer.lora_A"),
     (2, "merged, the bias lost", "model.py",
      "nn.Parameter(layer.weight + update), layer.bias",
      "nn.Parameter(layer.weight + update), nn.Parameter(0 * layer.bias)"),
     # 3
-    (3, "the farthest centroid", "cluster.py", ".argmax(dim=1)  # (n, C)", ".argmin(dim=1)  # (n, C)"),
+    (3, "the farthest centroid", "cluster.py", ".argmax(dim=1)  # (n, C)",
+     ".argmin(dim=1)  # (n, C)"),
     (3, "ties to the higher index", "cluster.py",
      "best = torch.addmm(-half, x, centroids.T).argmax(dim=1)",
      "best = len(half) - 1 - torch.addmm(-half, x, centroids.T).flip(1).argmax(dim=1)"),
@@ -148,7 +152,8 @@ MISTAKES = [Mistake(*m) for m in (
     (3, "empty cluster left at zero", "cluster.py",
      "centroids[empty[:len(farthest)]] = points[farthest]", "pass"),
     (3, "one step", "cluster.py", "for _ in range(max_steps):", "for _ in range(1):"),
-    (3, "centroids moved once more than points", "cluster.py", "    return centroids, cluster\n\n\ndef",
+    (3, "centroids moved once more than points", "cluster.py",
+     "    return centroids, cluster\n\n\ndef",
      "    return means(points, cluster, k)[0] + 0.05, cluster\n\n\ndef"),
     (3, "NaN let through", "cluster.py", "if not points.isfinite().all():", "if False:"),
     # 4
@@ -175,7 +180,8 @@ MISTAKES = [Mistake(*m) for m in (
      "    for k in cluster.unique():\n        parts += order[cluster[order] == k].split(batch_size)",
      "    parts += order.split(batch_size)"),
     (5, "rows not shuffled", "cluster.py",
-     "order = torch.randperm(len(cluster), generator=generator)", "order = torch.arange(len(cluster))"),
+     "order = torch.randperm(len(cluster), generator=generator)",
+     "order = torch.arange(len(cluster))"),
     (5, "a row's place, not its number", "cluster.py", "order[cluster[order] == k].split",
      "(cluster[order] == k).nonzero()[:, 0].split"),
     (5, "last batch dropped (shuffled)", "cluster.py", "batches = order.split(batch_size)\n",
@@ -187,7 +193,8 @@ MISTAKES = [Mistake(*m) for m in (
     # 6
     (6, "padding counted", "hypernet.py", "total.cpu() / real.sum(dim=1, keepdim=True)",
      "total.cpu() / real.shape[1]"),
-    (6, "padding has an embedding", "hypernet.py", PADDED, "per_sample_weights=0 * real.to(embedding)"
+    (6, "padding has an embedding", "hypernet.py", PADDED,
+     "per_sample_weights=0 * real.to(embedding)"
                                                            " + 1"),
     (6, "statistics of whole rows", "hypernet.py", "tokens, real = rows.prompts(index)",
      "tokens, real = rows.read(index)"),
@@ -200,7 +207,8 @@ MISTAKES = [Mistake(*m) for m in (
      "F.normalize(means - center, dim=0)"),
     (6, "0 / 0 at the centre", "hypernet.py", "F.normalize(means - center, dim=1)",
      "(means - center) / (means - center).norm(dim=1, keepdim=True)"),
-    (6, "mean of means", "hypernet.py", WEIGHTED, "count = torch.ones_like(count)\n    " + WEIGHTED),
+    (6, "mean of means", "hypernet.py", WEIGHTED,
+     "count = torch.ones_like(count)\n    " + WEIGHTED),
     (6, "empty clusters get zeros", "hypernet.py", "weighted.sum(dim=0) / count.sum())",
      "0 * weighted.sum(dim=0))"),
     (6, "empty clusters get a mean of means", "hypernet.py", "weighted.sum(dim=0) / count.sum())",
@@ -209,7 +217,8 @@ MISTAKES = [Mistake(*m) for m in (
     (7, "last weights random", "hypernet.py", "        nn.init.zeros_(self[-1].weight)\n", ""),
     (7, "the bias is not `start`", "hypernet.py", "self[-1].bias.data.copy_(start)",
      "nn.init.zeros_(self[-1].bias)"),
-    (7, "ReLU missing", "hypernet.py", "nn.Linear(n_in, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU()",
+    (7, "ReLU missing", "hypernet.py",
+     "nn.Linear(n_in, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU()",
      "nn.Linear(n_in, 64), nn.Identity(), nn.Linear(64, 32), nn.Identity()"),
     (7, "GELU", "hypernet.py", "nn.Linear(n_in, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU()",
      "nn.Linear(n_in, 64), nn.GELU(), nn.Linear(64, 32), nn.GELU()"),
@@ -222,7 +231,8 @@ MISTAKES = [Mistake(*m) for m in (
     (7, "B comes first", "hypernet.py",
      "A, B = self.hypernetwork(s).split([self.rank * C, V * self.rank], dim=1)",
      "B, A = self.hypernetwork(s).split([V * self.rank, self.rank * C], dim=1)"),
-    (7, "alpha / rank forgotten", "hypernet.py", "z = self.scale * hidden @ A.mT", "z = hidden @ A.mT"),
+    (7, "alpha / rank forgotten", "hypernet.py", "z = self.scale * hidden @ A.mT",
+     "z = hidden @ A.mT"),
     (7, "update of another row", "hypernet.py", "A, B = self.factors(statistics)",
      "A, B = self.factors(statistics.roll(1, 0))"),
     (7, "one update for all rows", "hypernet.py", "z = self.scale * hidden @ A.mT",
@@ -254,7 +264,8 @@ MISTAKES = [Mistake(*m) for m in (
     (9, "its own token not tested", "leak_check.py", "if abs(total - 1) > 1e-6:", "if False:"),
     (9, "its own row alone", "leak_check.py", "if not same.all():", "if not same[row].all():"),
     (9, "other rows alone", "leak_check.py", "same[row, place - 1:] = True", "same[row] = True"),
-    (9, "its own loss may not change", "leak_check.py", "same[row, place - 1:]", "same[row, place:]"),
+    (9, "its own loss may not change", "leak_check.py", "same[row, place - 1:]",
+     "same[row, place:]"),
     (9, "what comes after may not change", "leak_check.py", "same[row, place - 1:] = True",
      "same[row, place - 1] = True"),
     (9, "prompts changed too", "leak_check.py", "range(int(prompt[row]), tokens.shape[1])",
@@ -272,7 +283,8 @@ MISTAKES = [Mistake(*m) for m in (
      "cluster_means(means, count, which, len(ids))[other[which]]",
      "cluster_means(means, 0 * count + 1, which, len(ids))[other[which]]"),
     (10, "earlier rows left out", "eval.py", LATER, LATER.replace(" > ", " < ")),
-    (10, "later rows of all documents left out", "eval.py", LATER, "later = place > place[:, None]"),
+    (10, "later rows of all documents left out", "eval.py", LATER,
+     "later = place > place[:, None]"),
     (10, "later rows left in", "eval.py", LATER, "later = (place > place[:, None]) & False"),
     (10, "no later rows: not by tokens", "eval.py", "weight = heard * count  # (N, N)",
      "weight = heard * torch.ones_like(count)  # (N, N)"),
@@ -289,7 +301,7 @@ MISTAKES = [Mistake(*m) for m in (
     (11, "hardly a text", "false_win.json", "\"text\": \"These numbers",
      "\"text\": \"Short.\", \"more\": \"These numbers"),
     # 12
-    (12, "nothing is learnt", "my_head.py", "return super().forward(hidden) + self.scale * z",
+    (12, "a bias alone, no update", "my_head.py", "return super().forward(hidden) + self.scale * z",
      "return super().forward(hidden) + 0 * z"),
     (12, "too many parameters", "my_head.py", "self.bias = nn.Linear(C, V, bias=False)",
      "self.bias = nn.Linear(C, V, bias=False)\n        self.more = nn.Linear(100, 1000)"),

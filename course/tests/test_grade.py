@@ -1,4 +1,4 @@
-"""The grader: what it gives to our own solution, to none, to another's, to wrong ones, to cheats."""
+"""The grader: what it gives to our own solution, to none, to another's, to wrong ones, cheats."""
 
 import json
 import os
@@ -148,8 +148,8 @@ def test_what_is_no_submission_is_one_line_and_status_2(tmp_path):
 def test_an_input_that_is_changed_costs_the_case(worker, tmp_path):
     copies.own(tmp_path)
     text = (tmp_path / "adapters.py").read_text()
-    (tmp_path / "adapters.py").write_text(text.replace(
-        "    from hypernet import features\n", "    from hypernet import features\n    means += 1\n"))
+    line = "    from hypernet import features\n"
+    (tmp_path / "adapters.py").write_text(text.replace(line, line + "    means += 1\n"))
     _, messages, _ = points(tmp_path, {6}, worker)
     assert any("changed what it was given" in m for m in messages)
 
@@ -201,7 +201,8 @@ def test_the_open_exercise_pays_for_a_gain_alone(worker, tmp_path, monkeypatch):
 
 
 def test_what_crosses_to_the_grader_is_plain():
-    for value in (torch.randn(2, 0, 3), torch.tensor(True), [1, (2.5, None)], {"a": torch.arange(3)}):
+    for value in (torch.randn(2, 0, 3), torch.tensor(True), [1, (2.5, None)],
+                  {"a": torch.arange(3)}):
         assert cases.identical(decode(json.loads(json.dumps(encode(value)))), value)
     for odd in ({"tensor": ["torch.float32", [2], [1]]}, {"tensor": ["float", [1], [1]]},
                 {"tensor": ["torch.int8", [-1], []]}, {"tensor": ["torch.int8", [1], ["1"]]},

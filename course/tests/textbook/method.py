@@ -36,9 +36,10 @@ class Writer:
     @classmethod
     def untrained(cls, width, start):
         sizes = [(64, width), (32, 64)]
-        layers = [(torch.randn(a, b, dtype=start.dtype) / b ** 0.5, torch.zeros(a, dtype=start.dtype))
+        kind = start.dtype
+        layers = [(torch.randn(a, b, dtype=kind) / b ** 0.5, torch.zeros(a, dtype=kind))
                   for a, b in sizes]
-        return cls([*layers, (torch.zeros(len(start), 32, dtype=start.dtype), start)])
+        return cls([*layers, (torch.zeros(len(start), 32, dtype=kind), start)])
 
     @classmethod
     def stored(cls, state, prefix=""):
