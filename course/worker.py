@@ -47,7 +47,8 @@ def decode(value):
             dtype, shape, numbers = content
             plain = type(shape) is list and all(type(n) is int and 0 <= n <= LARGEST for n in shape)
             if (plain and len(shape) < 9 and type(numbers) is list
-                    and math.prod(shape) == len(numbers) and all(type(n) in (bool, int, float) for n in numbers)):
+                    and math.prod(shape) == len(numbers) and all(
+                        type(n) in (bool, int, float) for n in numbers)):
                 try:
                     return torch.tensor(numbers, dtype=DTYPES[dtype]).view(shape)
                 except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):

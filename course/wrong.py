@@ -177,7 +177,8 @@ MISTAKES = [Mistake(*m) for m in (
     (5, "leftovers not packed", "cluster.py",
      "full + list(torch.cat(rest).split(batch_size) if rest else ())", "full + rest"),
     (5, "batches of any rows, not clusters", "cluster.py",
-     "    for k in cluster.unique():\n        parts += order[cluster[order] == k].split(batch_size)",
+     "    for k in cluster.unique():\n        parts += "
+     "order[cluster[order] == k].split(batch_size)",
      "    parts += order.split(batch_size)"),
     (5, "rows not shuffled", "cluster.py",
      "order = torch.randperm(len(cluster), generator=generator)",

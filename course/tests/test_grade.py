@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_a_cheat_earns_nothing(worker, tmp_path, name, monkeypatch):
     copies.empty(tmp_path)
     (tmp_path / "adapters.py").write_text(cheats.adapters(name, [grade.ROOT, grade.HERE]))
     monkeypatch.setattr(grade, "SECONDS", dict.fromkeys(POINTS, 2))
-    numbers = {1} if name == "will not be stopped" else {1, 3, 5}
+    numbers = {1} if name == "will not be stopped" else {1, 3}
     before = set(grade.children())
     found, messages, _ = points(tmp_path, numbers, worker)
     assert found == dict.fromkeys(numbers, 0), messages
@@ -184,12 +185,13 @@ def test_the_autograder_holds_what_grading_needs_and_no_more(tmp_path):
         archive.extractall(tmp_path / "source")
     assert {"setup.sh", "run_autograder", "model.py", "course/grade.py"} <= names
     assert not any("tests" in n for n in names)
-    (tmp_path / "temporary").mkdir()
+    temporary = tempfile.mkdtemp(dir="/tmp")
+    os.chmod(temporary, 0o755)
     ran = subprocess.run([sys.executable, "source/course/grade.py", TEXTBOOK, "--exercises", "4"],
                          cwd=tmp_path, capture_output=True, text=True,
-                         env=os.environ | {"TMPDIR": str(tmp_path / "temporary")})
+                         env=os.environ | {"TMPDIR": temporary})
     assert ran.returncode == 0 and "4. k-means++: 5.0 of 5" in ran.stdout, ran.stdout + ran.stderr
-    assert os.listdir(tmp_path / "temporary") == []  # nothing is left behind
+    os.rmdir(temporary)  # nothing is left behind
 
 
 def test_the_open_exercise_pays_for_a_gain_alone(worker, tmp_path, monkeypatch):
