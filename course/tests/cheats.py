@@ -7,8 +7,8 @@ The others' files are those of the empty copy, so that what is earned is earned 
 FUNCTIONS = """
 for name in ("attention lora_start lora_linear lora_names lora_merged nearest cluster_centres "
              "kmeans kmeans_seeds cluster_batches shuffled_batches prompt_means features "
-             "cluster_means hypernetwork chameleon_factors chameleon_logits batch cut losses controls "
-             "leak_check").split():
+             "cluster_means hypernetwork chameleon_factors chameleon_logits batch cut losses "
+             "controls leak_check").split():
     globals()[name] = cheat
 """
 
