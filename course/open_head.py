@@ -2,7 +2,7 @@
 
 Several Markov sources, each with a topic of its own, are read by a frozen base that knows their
 mean. A row is told the mean embedding of the prompts in its cluster, some of which are of another
-topic. The share of points is that of the way from lora-match to knowing the topic, of which half is
+topic. The share of points is that of the way from lora-match to knowing the topic, of which a quarter is
 enough for all points.
 """
 
@@ -14,7 +14,7 @@ from model import LoRAHead
 from worker import fit_head
 
 V, C, TOPICS, T, PROMPT, CLUSTER = 32, 24, 6, 16, 12, 6
-STEPS, RANK, ENOUGH = 400, 2, 0.5
+STEPS, RANK, ENOUGH = 400, 2, 0.25
 ATTEMPT = 0.2  # of the points, for a head that keeps to the rules and learns anything
 RATES = (3e-3, 1e-2, 3e-2)  # every head has the best of them
 

@@ -102,7 +102,13 @@ def close_files(folder):
 
 def confine(folder, limits):
     """Give up what a submission does not need: another user's rights, files, memory, processes."""
-    for name, most in (("AS", limits["memory"]), ("FSIZE", 1 << 26), ("CORE", 0),
+    memory = limits["memory"]
+    if sys.platform == "linux":
+        with open("/proc/self/statm", encoding="utf-8") as file:  # torch may reserve much
+            memory += int(file.read().split()[0]) * resource.getpagesize()
+        with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
+            file.write("1000")  # where the machine's memory runs out, this process goes first
+    for name, most in (("AS", memory), ("FSIZE", 1 << 26), ("CORE", 0),
                        ("CPU", limits["seconds"] + 5), ("NPROC", limits["processes"])):
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     if limits["user"] is not None:
