@@ -2,8 +2,8 @@
 
 Several Markov sources, each with a topic of its own, are read by a frozen base that knows their
 mean. A row is told the mean embedding of the prompts in its cluster, some of which are of another
-topic. The share of points is that of the way from lora-match to knowing the topic, of which a quarter is
-enough for all points.
+topic. Points grow along the way from lora-match to knowing the topic; a quarter of it is enough for
+all.
 """
 
 import torch
