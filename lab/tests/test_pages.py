@@ -21,7 +21,8 @@ PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (
 PAGE = PAGES["results/README.md"]
 FOLDERS = sorted(path.parent for path in RESULTS.rglob("results.json")
                  # those are the core's, and the fair test's: see test_fair.py
-                 if not path.parent.name.startswith(("python", "mixed", "pretrained")))
+                 if not path.parent.name.startswith("python")
+                 and "asked" not in json.loads(path.read_text()))
 # the page's names, where they are not those of results.json
 NAMES = {"frozen base": "frozen", "no head adapter": "frozen",
          "told another cluster": "shuffled", "told its own history alone": "own prompt only",
