@@ -190,3 +190,30 @@ def test_one_far_point_blurs_no_other(kmeans, far):
     exact = inertia(points.double(), centroids.double(), own)
     theirs = KMeans(8, n_init=1, random_state=0).fit(points.double().numpy()).inertia_
     assert exact < 1.1 * theirs
+
+
+def test_seeds_are_drawn_by_squared_distance():
+    """Beside a seed at 0, points at 1 and 3 are drawn 1 to 9; by plain distance it were 1 to 3."""
+    points, far, near = torch.tensor([[0.0], [1.0], [3.0]]), 0, 0
+    for seed in range(900):
+        first, second = ours.seeds(points, 2, draw(seed)).tolist()
+        far, near = far + ((first, second) == (0, 2)), near + ((first, second) == (0, 1))
+    assert 250 < far + near < 350  # the first is any point
+    assert far > 5 * near > 0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@IMPLEMENTATIONS
+def test_the_unit_of_the_points_changes_nothing(kmeans, scale):
+    points = torch.randn(300, 4, generator=draw())
+    assert torch.equal(kmeans(points, 9, draw())[1], kmeans(points * scale, 9, draw())[1])
+
+
+def test_clusters_that_lost_their_points_go_to_different_ones(monkeypatch):
+    """Three equal seeds leave two clusters empty: a step later each has points of its own."""
+    points = blobs(k=3, n=5)
+    monkeypatch.setattr(ours, "seeds", lambda points, k, generator: torch.zeros(k).long())
+    own = ours.kmeans(points, 3, draw(), max_steps=1)[1]
+    assert len(own.unique()) == 3
+    points = torch.tensor([[0.0], [0.1], [0.2], [10.0]])  # the farthest point takes an empty one
+    assert ours.kmeans(points, 2, draw(), max_steps=1)[1].bincount().tolist() == [3, 1]
