@@ -228,7 +228,7 @@ def test_text_that_is_held_out_is_not_trained_on(tmp_path, capsys):
     assert sorted(d.text for d in splits["train"]) == [f"text {i}" for i in range(3, 9)]
     assert "3 training documents left out" in capsys.readouterr().out
     for i in range(30):
-        write(tmp_path / "b" / "sub" * (i % 2), f"{i}.txt", f"text {i}")
+        write(tmp_path / "b" / ("sub" * (i % 2)), f"{i}.txt", f"text {i}")
         write(tmp_path / "b" / ".ipynb_checkpoints", f"{i}-checkpoint.txt", f"text {i}")
     splits, _ = load_documents(f"{tmp_path}/b,{tmp_path}/b/sub", ".")
     held_out = {d.text for split in SPLITS[1:] for d in splits[split]}
@@ -322,8 +322,10 @@ def test_the_hub_is_asked_once_and_its_rows_become_plain_files(tmp_path, monkeyp
 
     def load_dataset(repository, configuration):
         assert (repository, configuration) == data.HUB[name]
-        rows = ["", " = One = \n", "", "text of one\n", "", " = Two = \n", "", "text of two\n"]
-        return {split: Table(text=rows) for split in SPLITS}
+        def rows(split):
+            return ["", " = One = \n", "", f"{split} one\n", "", " = Two = \n", "", f"{split} two\n"]
+
+        return {split: Table(text=rows(split)) for split in SPLITS}
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     first = load_documents(name, tmp_path)
