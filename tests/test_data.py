@@ -322,8 +322,10 @@ def test_the_hub_is_asked_once_and_its_rows_become_plain_files(tmp_path, monkeyp
 
     def load_dataset(repository, configuration):
         assert (repository, configuration) == data.HUB[name]
+
         def rows(split):
-            return ["", " = One = \n", "", f"{split} one\n", "", " = Two = \n", "", f"{split} two\n"]
+            articles = (["", f" = {name} = \n", "", f"{split} {name}\n"] for name in ("One", "Two"))
+            return list(itertools.chain(*articles))
 
         return {split: Table(text=rows(split)) for split in SPLITS}
 
