@@ -282,10 +282,16 @@ def test_a_full_disk_is_told_with_the_files_name(tmp_path):
 
 @given(st.text())
 def test_what_is_shown_cannot_steer_a_terminal(text):
-    shown = printable(text)
-    assert all(c.isprintable() or c in "\n\t" for c in shown)
-    plain = "".join(c for c in text if c.isprintable())
-    assert [c for c in shown if c in plain or c in "\n\t"] != [] or not plain
+    steering = {chr(i) for i in (*range(9), *range(11, 32), *range(127, 160), 0x61C, 0x200E, 0x200F,
+                                 *range(0x2028, 0x202F), *range(0x2066, 0x206A))}
+    shown = printable(text + "\x1b\u202e")
+    assert not steering & set(shown) and shown.encode()  # and half a surrogate is spelt out
+    assert printable(shown) == shown
+
+
+def test_what_is_no_danger_is_shown_as_it_is():
+    text = "prix : 10\xa0%, 東京\u3000大, نمی\u200cخواهم, 👩\u200d💻\n\tend"
+    assert printable(text) == text
 
 
 def test_prompts_and_answers_are_shown_escaped(finished_run, tmp_path, capsys):

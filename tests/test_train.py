@@ -355,7 +355,7 @@ def test_the_program_itself_ends_with_status_2(tmp_path):
 
 @pytest.mark.parametrize("error, status, message", [
     (KeyboardInterrupt(), 130, "--resume goes on"), (OSError(28, "No space left"), 2, "No space"),
-    (RuntimeError("CUDA out of memory"), 2, "lower --batch-size")])
+    (RuntimeError("CUDA out of memory"), 2, "--batch-size needs less")])
 def test_how_a_program_ends(error, status, message, capsys):
     def main():
         raise error
