@@ -232,7 +232,8 @@ def test_the_program(base, few_texts, tmp_path, capsys):
     arguments = [str(base), "--out", str(tmp_path / "f"), "--rows", "2",
                  "--passes", "1", "--seeds", "0,1", "--rates", "1e-2,1e-3"]
     entries = fair.main(arguments)
-    dosed = {f"{arm}, dosed" for arm in ("lora", "lora-match", "counts", "counts-match")}
+    dosed = {f"{arm}, dosed" for arm in ("lora", "lora-match", "lora-match, alpha 8", "counts",
+                                         "counts-match")}
     assert {e["name"] for e in entries} == {"frozen", *ARMS, *dosed}
     kept = json.loads((tmp_path / "f" / "results.json").read_text())
     assert kept["entries"] == entries

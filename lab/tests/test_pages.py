@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lab import fair, when
+from lab import ask, fair, when
 from lab.eval import of_method, spread
 from lab.flags import parse_eval, train_parser
 
@@ -260,7 +260,8 @@ def test_commands_are_understood(name):
             if words[:3] == ["python", "-m", "lab.run"]:
                 parse = {"train": train_parser().parse_args, "eval": parse_eval,
                          "fair": fair.make_parser().parse_args,
-                         "when": when.make_parser().parse_args}[words[3]]
+                         "when": when.make_parser().parse_args,
+                         "ask": ask.make_parser().parse_args}[words[3]]
                 parse(words[4:])
                 n += 1
     assert n > 0 or name in ("results/README.md", "bench/README.md")
