@@ -23,7 +23,7 @@ def test_what_rows_may_be_told():
     cluster = torch.arange(40) % 7 * 2  # numbers 1, 3 ... have no rows
     head = ChameleonHead(torch.randn(9, 6), 2, 4.0, 1)
     head.center += 3
-    document = torch.arange(40) // 6
+    document = torch.arange(40) // 18  # two or three rows of each in a cluster
     tables = controls(head, means, count, cluster, document, 0)
     own = cluster_statistics(means, count, cluster)
     assert torch.equal(tables[""], own)
@@ -90,6 +90,36 @@ def test_bits_a_byte_count_the_bytes_of_scored_tokens():
     assert evaluation.scored_bytes(Three(), sizes) == 5
 
 
+def test_bits_a_byte_are_of_each_split(finished_run):
+    """They divide by the bytes of the split that was scored."""
+    entries = evaluation.main([str(finished_run), "--device", "cpu"])
+    config = train.read_config(finished_run)
+    tokenizer = Tokenizer.load(finished_run / "tokenizer.json")
+    documents, _ = load_documents(config["args"]["dataset"], ".")
+    sizes = [len(tokenizer._encoding.decode_single_token_bytes(t)) for t in range(299)]
+    for split in ("validation", "test"):
+        rows, n = cut(documents[split], tokenizer, 24), 0
+        for start, length, prompt in zip(rows.start, rows.length, rows.prompt, strict=True):
+            n += sum(sizes[t] for t in rows.tokens[start + prompt:start + length].tolist())
+        found = entries[0][split]
+        assert found["bits_per_byte"] == pytest.approx(found["nll_sum"] / math.log(2) / n)
+
+
+def test_the_figure_shows_losses_and_what_is_left_of_them_over_lora(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(evaluation, "save", lambda figure, path: figures.append(figure))
+    evaluation.draw_losses(
+        [{"method": method, "seed": seed, "step": step, "tokens": step * 10**6,
+          "loss": {"lora": 5.0, "chameleon": 4.0}[method] - step + seed / 10}
+         for method in ("lora", "chameleon") for seed in (0, 1) for step in (1, 2)], 6.0, tmp_path)
+    left, right = figures[0].axes
+    shown = {line.get_label(): list(map(float, line.get_ydata())) for line in right.lines}
+    assert shown["lora, 2 seeds"] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert shown["chameleon, 2 seeds"] == pytest.approx([0, -1, -1], abs=1e-6)
+    shown = {line.get_label(): list(map(float, line.get_ydata())) for line in left.lines}
+    assert shown["chameleon, 2 seeds"] == pytest.approx([6, 3.05, 2.05], abs=1e-6)
+
+
 def test_the_table_has_mean_and_deviation_over_seeds():
     def entry(seed, loss):
         split = {"loss": loss, "perplexity": 1.0, "bits_per_byte": 2.0}
@@ -131,6 +161,26 @@ def test_assigned_answers_depend_on_no_other_prompt(ask):
     assert ask(["a"])[0]  # a single token is a prompt too
     reverse, _ = ask(TEXTS[::-1], "--assign")
     assert together == alone == reverse[::-1]
+
+
+def test_assigned_prompts_are_told_their_nearest_training_cluster(ask, finished_run, monkeypatch):
+    told = []
+
+    def generate(model, prompts, n, statistics, *rest):
+        told.append((model.lm_head.clusters, model.lm_head.center, statistics[0], prompts[0],
+                     model.transformer.wte.weight))
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    ask(TEXTS, "--assign")
+    picked = set()
+    for known, center, statistic, prompt, embedding in told:
+        x = embedding[torch.tensor(prompt)].mean(dim=0)
+        alike = [float(torch.cosine_similarity(x - center, k - center, dim=0)) for k in known]
+        best = alike.index(max(alike))
+        assert torch.allclose(statistic, known[best])
+        picked.add(best)
+    assert len(told) == 4 and len(picked) > 1
 
 
 def test_other_methods_and_the_same_seed(ask):
