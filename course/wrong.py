@@ -83,7 +83,7 @@ SDPA = "y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=ma
 WEIGHTED = "weighted = means * count[:, None]"
 RULES = "weight = distance if distance.any() else torch.ones_like(distance)"
 UPDATE = "update = F.linear(z, self.lora_B)  # (B, T, r) @ (r, out) -> (B, T, out)"
-LATER = "later = (document[:, None] == document) & (place > place[:, None])"
+LATER = "later = (document[row][:, None] == document[row]) & (row > row[:, None])"
 PADDED = "per_sample_weights=real.to(embedding)"
 
 
@@ -285,10 +285,10 @@ MISTAKES = [Mistake(*m) for m in (
      "cluster_means(means, 0 * count + 1, which, len(ids))[other[which]]"),
     (10, "earlier rows left out", "eval.py", LATER, LATER.replace(" > ", " < ")),
     (10, "later rows of all documents left out", "eval.py", LATER,
-     "later = place > place[:, None]"),
-    (10, "later rows left in", "eval.py", LATER, "later = (place > place[:, None]) & False"),
-    (10, "no later rows: not by tokens", "eval.py", "weight = heard * count  # (N, N)",
-     "weight = heard * torch.ones_like(count)  # (N, N)"),
+     "later = row > row[:, None]"),
+    (10, "later rows left in", "eval.py", LATER, "later = (row > row[:, None]) & False"),
+    (10, "no later rows: not by tokens", "eval.py", "weight = ~later * count[row]  # (n, n)",
+     "weight = ~later * torch.ones_like(count[row])  # (n, n)"),
     # 11
     (11, "no false win", "false_win.json", "\"loss\": 4.67", "\"loss\": 6.67"),
     (11, "the false win at two rates", "false_win.json", "\"lr\": 0.003, \"loss\": 5.61",
