@@ -236,3 +236,11 @@ def test_generation_goes_through_the_heads_forward():
     built = random_gpt()
     built.lm_head = Always(built.lm_head.weight)
     assert generate(built, [[1, 2]], 3) == [[7, 7, 7]]
+
+
+def test_loras_first_values():
+    """A is uniform within 1 / sqrt(n_in), as `nn.Linear`'s own weights start; B is zero."""
+    torch.manual_seed(0)
+    A, B = model.lora_factors(400, 30, 50)
+    assert not B.any() and B.shape == (30, 50)
+    assert A.abs().max() <= 1 / 20 and A.std().item() == pytest.approx(1 / 20 / 3**0.5, rel=0.03)
