@@ -47,6 +47,15 @@ def test_links_lead_somewhere():
         assert (ROOT / link).exists(), link
 
 
+def test_links_to_lines_lead_to_what_they_name():
+    found = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(found) > 10
+    for name, file, number in found:
+        line = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(number) - 1]
+        last = name.split(".")[-1]
+        assert re.match(rf"\s*(def|class) {last}\b", line), (name, line)
+
+
 def rows_of(text):
     """Cells of each table row in markdown, by the first cell."""
     lines = [line for line in text.splitlines() if line.startswith("| ")]
