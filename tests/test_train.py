@@ -133,6 +133,37 @@ def test_a_head_with_its_own_forward_is_trained_and_scored(tmp_path):
     assert nll.sum() > before + 10
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_best_weights_are_kept_where_the_loss_rises_again(tmp_path, killed):
+    """Also by a training that goes on after its best step."""
+    plan = {"method": "lora", "seed": 0, "lr": 0.1, "steps": 4, "steps_per_epoch": 1,
+            "evaluations": 4}
+    seen, losses_of = {}, [3.0, 1.0, 2.0, 2.5]
+
+    def attempt(stop_before):
+        model = make_adapter(random_gpt().float(), {"method": "lora", "rank": 1, "alpha": 1.0})
+
+        def evaluate():
+            n = len(seen)
+            if n == stop_before:
+                raise KeyboardInterrupt
+            seen[n] = {name: p.detach().clone() for name, p in train.weights(model).items()}
+            return torch.tensor([losses_of[n]]), torch.tensor([1])
+
+        torch.manual_seed(0)
+        fit(run_in(tmp_path), tmp_path / "a.safetensors", model, plan, ROWS,
+            lambda epoch: [torch.arange(len(ROWS))], lambda i: None, evaluate)
+
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            attempt(3)
+    attempt(None)
+    kept, info = read_tensors(tmp_path / "a.safetensors")
+    assert info["done"]["best"] == 1.0
+    assert all(torch.equal(t, seen[1][name]) for name, t in kept.items())
+    assert any(not torch.equal(t, seen[3][name]) for name, t in kept.items())
+
+
 def test_no_frozen_parameter_moves(tmp_path):
     base = random_gpt().float()
     model = make_adapter(base, {"method": "chameleon", "rank": 2, "alpha": 4.0, "clusters": 2})
