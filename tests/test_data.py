@@ -379,3 +379,10 @@ def test_gpt2s_vocabulary_that_cannot_be_had_is_told_in_a_line(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: 1 / 0)
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
         Tokenizer({"name": "gpt2"})
+
+
+@given(text=st.text(max_size=60))
+def test_bytes_of_tokens_add_up_to_those_of_the_text(tokenizer, text):
+    sizes = tokenizer.bytes_per_token()
+    assert int(sizes[tokenizer.encode(text)].sum()) == len(text.encode(errors="replace"))
+    assert sizes[tokenizer.end] == 0  # it is no text
