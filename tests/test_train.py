@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 import train
+from cluster import kmeans
 from common import UserError, choose_dtype, read_tensors, whole_file, write_tensors
 from data import IGNORE
+from hypernet import features, prompt_means
 from model import LMHead
 from tests.conftest import random_adapter, random_gpt
 from tests.test_hypernet import make_rows
@@ -201,6 +203,52 @@ def test_lora_match_has_chameleons_parameters(finished_run):
         run[name] = n_trained(model)
     assert run["lora"] < run["lora-match"]
     assert abs(run["lora-match"] - run["chameleon"]) <= run["lora"] / 4  # within half a rank, of 4
+    heads = {name: train.load_adapter(base, train.fingerprint(base), finished_run / "adapters" /
+                                      f"{name}-seed0.safetensors")[0].lm_head
+             for name in ("lora", "lora-match")}
+    assert heads["lora"].scale == heads["lora-match"].scale == 2.0  # alpha rises with the rank
+
+
+def test_a_loss_in_16_bits_is_that_of_its_logits_in_32():
+    logits = (torch.randn(1, 7, 500, generator=torch.Generator().manual_seed(0)) * 4).bfloat16()
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, tokens, statistics=None, start=0):
+            return logits[:, start:]
+
+    targets = torch.arange(7)[None] * 60
+    found = losses(Model(), torch.zeros(1, 7).long(), targets)
+    exact = F.cross_entropy(logits[0].double(), targets[0], reduction="sum")
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("batches", ["shuffled", "clustered"])
+def test_chameleons_batches_and_what_their_rows_are_told(tmp_path, monkeypatch, batches):
+    """The paper's come from one cluster, and hear of its rows in the batch alone; else any rows
+    come together, each told of its whole cluster."""
+    taken = {}
+    monkeypatch.setattr(train, "fit", lambda run, path, model, plan, rows, drawn, told, evaluate:
+                        taken.update(batches=drawn(0), told=told))
+    base = random_gpt().float()
+    plan = {"method": "chameleon", "seed": 0, "rank": 2, "alpha": 4.0, "clusters": 3,
+            "cluster_size": 12, "batch_size": 4, "batches": batches}
+    train.train_adapter(run_in(tmp_path), tmp_path / "a.safetensors", base, plan, ROWS, ROWS)
+    means, count = prompt_means(ROWS, base.transformer.wte.weight)
+    points = features(means, means.mean(dim=0))
+    cluster = kmeans(points, 3, train.generator(0))[1]
+    assert sorted(torch.cat(taken["batches"]).tolist()) == list(range(len(ROWS)))
+    pure = [len(cluster[index].unique()) == 1 for index in taken["batches"]]
+    assert sum(pure) >= len(pure) - 3 if batches == "clustered" else not all(pure)
+    for index in taken["batches"]:
+        for i, told in zip(index.tolist(), taken["told"](index), strict=True):
+            there = index if batches == "clustered" else torch.arange(len(ROWS))
+            heard = there[cluster[there] == cluster[i]]
+            expected = (means[heard] * count[heard, None]).sum(dim=0) / count[heard].sum()
+            assert torch.allclose(told, expected, atol=1e-5)
 
 
 def test_an_adapter_fits_no_other_base(finished_run):
