@@ -164,15 +164,15 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
     done = {"step": 0, "tokens": 0, "seconds": 0.0, "best": None}
     best = {}
     if state_path.exists():
-        tensors, _, found = read_checkpoint(state_path)
-        if found.keys() != done.keys():
+        tensors, _, reached = read_checkpoint(state_path)
+        if reached.keys() != done.keys():
             raise UserError(f"{state_path} is damaged: its header does not say how far it got")
-        done = found
+        done = reached
         load_weights(model, under("model.", tensors), state_path)
         best = under("best.", tensors)
         moments = {i: under(f"moments.{i}.", tensors) for i in range(len(parameters))}
-        found = [{n: t.shape for n, t in m.items()} for m in moments.values()]
-        if found != [{"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        shapes = [{n: t.shape for n, t in m.items()} for m in moments.values()]
+        if shapes != [{"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
                      for group in optimizer.param_groups for p in group["params"]]:
             raise UserError(f"{state_path} is damaged: its moments do not fit this model")
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})

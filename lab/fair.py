@@ -41,6 +41,7 @@ KINDS = (*SEEN, *UNSEEN, OWN)
 FILES = {"novel": "kinds/moby-dick.txt", "speeches": "kinds/state-of-the-union.txt"}
 RANK, ALPHA = 4, 8.0
 CLUSTER = 32  # rows, on average
+HELD_OUT = 60  # rows of a kind in validation, and in test
 T = 256  # tokens of a row, and the one that the last predicts
 
 
@@ -333,14 +334,11 @@ class Arm:
     head: str
     told: str = ""  # in training, see `company`
     batches: str = "shuffled"
-    times: int = 1  # as many passes as the others, or twice as many
 
 
 ARMS = {
     "lora": Arm("lora"),
-    "lora, twice as long": Arm("lora", times=2),
     "lora-match": Arm("lora-match"),
-    "lora-match, twice as long": Arm("lora-match", times=2),
     "lora-match, alpha 8": Arm("lora-match, alpha 8"),
     "chameleon": Arm("chameleon"),
     "chameleon, one cluster a batch": Arm("chameleon", batches="clustered"),
@@ -353,7 +351,6 @@ ARMS = {
     "counts": Arm("counts"),
     "counts, trained on own prompts": Arm("counts", "own prompt"),
     "counts-match": Arm("counts-match"),
-    "counts-match, twice as long": Arm("counts-match", times=2),
     "counts-match, trained on own prompts": Arm("counts-match", "own prompt"),
 }
 
@@ -469,7 +466,6 @@ def mean(summed):
 def train_arm(run, stream, arm, seed, lr, passes, path):
     """Train one head on the kept states; its best weights, on the seen kinds' validation."""
     this, rows, held = ARMS[arm], stream.sets["train"], "validation, seen"
-    passes = passes * this.times
     plan = {"method": arm, "seed": seed, "lr": lr, "passes": passes, "stream": stream.mark,
             **core.plan_steps(len(rows), 32, passes, passes)}
     core.check_before(run, path, plan, True)
@@ -540,7 +536,7 @@ def score_arm(run, stream, arm, seed, path=None):
     told = isinstance(head, (ChameleonHead, CountsHead))
     for control in dict.fromkeys((this.told, *(CONTROLS if told else ()))):
         add(arm, control, None)
-    if isinstance(head, (LoRAHead, CountsHead)) and not this.told and this.times == 1:
+    if isinstance(head, (LoRAHead, CountsHead)) and not this.told:
         if isinstance(head, LoRAHead):
             model.lm_head = Dosed(head)
         doses = {at: stream.doses(run, model, at) for at in list(stream.sets)[1:]}
@@ -674,8 +670,8 @@ def make_parser():
     add("--data-dir", default="data", help="where wikitext2/, alpaca/ and kinds/ lie")
     add("--seen", type=lambda text: core.some(seen, text), default=",".join(SEEN),
         help="kinds that the heads learn from")
-    add("--rows", type=count, default=120, help="tokens of a kind to learn from, in rows of 257")
-    add("--held-out", type=count, default=60, help="as many in validation, and in test")
+    add("--rows", type=count, default=120, help="tokens of a kind to learn from, in rows of 257; "
+        f"{HELD_OUT} more are validation, and as many test")
     add("--vocab-size", type=count, default=8192, help="the commonest tokens, which are scored")
     add("--passes", type=count, default=4)
     add("--seeds", type=lambda text: core.some(core.number(int, 0, 2**31), text), default="0,1,2")
@@ -725,7 +721,7 @@ def compare(args):
     if base.room < T:
         raise UserError(f"{args.base} reads {base.room} tokens at most; rows here have {T}")
     asked = {"base": base.name, "seen": args.seen, "rows": args.rows,
-             "held out": args.held_out, "vocabulary": args.vocab_size}
+             "held out": HELD_OUT, "vocabulary": args.vocab_size}
     if states.exists():
         tensors, info = read_tensors(states)
         if info["asked"] != asked:
@@ -736,7 +732,7 @@ def compare(args):
         for kind in (*args.seen, *UNSEEN, *([OWN] if isinstance(base, Ours) else [])):
             documents = documents_of(kind, args.data_dir)
             for split in SPLITS[(kind not in args.seen):]:
-                n = args.rows if split == "train" else args.held_out
+                n = args.rows if split == "train" else HELD_OUT
                 rows = cut(documents[split][:10 * n], base.tokenizer, T)
                 budget = (T + 1) * n
                 chosen = choose_rows(rows, budget)

@@ -269,7 +269,7 @@ def test_a_model_that_transformers_opens_is_a_base(base, few_texts, tmp_path):
         assert torch.allclose(mine.hidden(tokens), theirs.hidden(tokens), atol=1e-4)
     assert torch.equal(mine.weight, theirs.weight) and theirs.end == mine.tokenizer.end
     entries = fair.main([str(tmp_path / "hf"), "--out", str(tmp_path / "f"), "--rows", "2",
-                         "--held-out", "2", "--passes", "1", "--seeds", "0", "--rates", "1e-2",
+                         "--passes", "1", "--seeds", "0", "--rates", "1e-2",
                          "--arms", "lora"])
     assert {e["name"] for e in entries} == {"frozen", "lora", "lora, dosed"}
     (tmp_path / "odd").mkdir()
