@@ -12,6 +12,9 @@ import train
 
 settings.register_profile("steady", deadline=None)  # machines differ and are shared
 settings.load_profile("steady")
+# For a longer search: pytest tests -k "any_ or shown_cannot or share_no_token"
+# --hypothesis-profile fuzz
+settings.register_profile("fuzz", deadline=None, max_examples=20_000)
 
 WORDS = ("the of and a river stone cloud house green seven light apple walks under over sings "
          "quietly winter summer road").split()

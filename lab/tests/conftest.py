@@ -8,11 +8,14 @@ from hypothesis import settings
 
 import torch
 
+import train as core
 from hypernet import prompt_means
-from lab import flags, model
+from lab import fair, flags
+from lab import model as lab_model
 from lab.cache import CacheHead
 from lab.data import Examples
 from lab.scoring import cluster_training, company_batch, is_told
+from model import GPT, GPTConfig
 
 settings.register_profile("steady", deadline=None)  # machines differ and are shared
 settings.load_profile("steady")
@@ -28,7 +31,7 @@ def tiny_size():
     """`--size tiny`: a base that trains in no time."""
     shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=24)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.SIZES, "tiny", shape)
+        patch.setitem(lab_model.SIZES, "tiny", shape)
         patch.setattr(flags, "SIZES", (*flags.SIZES, "tiny"))
         yield
 
@@ -90,3 +93,28 @@ def arguments(corpus, tmp_path):
         "--dtype", "float32", "--device", "cpu", "--base-epochs", "1", "--evaluations", "3",
         "--max-steps", "9", "--out", str(tmp_path / "run"),
     ]
+
+
+@pytest.fixture
+def few_texts(monkeypatch, corpus):
+    """Every kind is half of a small corpus."""
+
+    def documents(kind, data_dir):
+        found = sorted(corpus.iterdir())
+        texts = [p.read_text() for p in found[len(kind) % 2::2]]
+        made = [fair.Document(f"{kind} {i}", text) for i, text in enumerate(texts)]
+        return {"train": made[:2], "validation": made[2:3], "test": made[3:]}
+
+    monkeypatch.setattr(fair, "documents_of", documents)
+
+
+@pytest.fixture
+def base(corpus, tmp_path):
+    """A base of random weights, in the files that train.py makes."""
+    tokenizer = core.Tokenizer.learn((p.read_text() for p in sorted(corpus.iterdir())), 300)
+    config = {"block_size": 256, "vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_head": 1,
+              "n_embd": 8}
+    core.write_tensors(tmp_path / "base.safetensors", core.weights(GPT(GPTConfig(**config))),
+                       {"plan": {"config": config}})
+    core.write_json(tmp_path / "tokenizer.json", tokenizer.spec)
+    return tmp_path / "base.safetensors"

@@ -202,31 +202,6 @@ def test_a_difference_and_its_intervals():
     assert by_document[0] < mean < by_document[1]
 
 
-@pytest.fixture
-def few_texts(monkeypatch, corpus):
-    """Every kind is half of a small corpus."""
-
-    def documents(kind, data_dir):
-        found = sorted(corpus.iterdir())
-        texts = [p.read_text() for p in found[len(kind) % 2::2]]
-        made = [fair.Document(f"{kind} {i}", text) for i, text in enumerate(texts)]
-        return {"train": made[:2], "validation": made[2:3], "test": made[3:]}
-
-    monkeypatch.setattr(fair, "documents_of", documents)
-
-
-@pytest.fixture
-def base(corpus, tmp_path):
-    """A base of random weights, in the files that train.py makes."""
-    tokenizer = core.Tokenizer.learn((p.read_text() for p in sorted(corpus.iterdir())), 300)
-    config = {"block_size": 256, "vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_head": 1,
-              "n_embd": 8}
-    core.write_tensors(tmp_path / "base.safetensors", core.weights(GPT(GPTConfig(**config))),
-                       {"plan": {"config": config}})
-    core.write_json(tmp_path / "tokenizer.json", tokenizer.spec)
-    return tmp_path / "base.safetensors"
-
-
 def test_the_program(base, few_texts, tmp_path, capsys):
     """All arms, tiny; a second call makes nothing again, another setting is refused."""
     arguments = [str(base), "--out", str(tmp_path / "f"), "--rows", "2",
