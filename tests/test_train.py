@@ -1,10 +1,12 @@
 """The loop: its losses and gradients against plain ones, resume after a kill, two processes."""
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,13 +20,13 @@ from common import UserError, choose_dtype, read_tensors, whole_file, write_tens
 from data import IGNORE
 from hypernet import features, prompt_means
 from model import LMHead
-from tests.conftest import random_adapter, random_gpt
+from tests.conftest import random_adapter, random_gpt, randomise
 from tests.test_hypernet import make_rows
 from train import fit, learning_rate, losses, make_adapter, n_trained, score
-import itertools
 
 ROOT = Path(__file__).parents[1]
 ROWS = make_rows([9, 13, 4, 7, 13, 2, 10, 5] * 4, [2, 3, 1, 3, 12, 1, 4, 2] * 4)
+HELD_OUT = make_rows([8, 6, 12, 5, 13, 3, 7] * 6, [3, 2, 5, 1, 6, 2, 4] * 6)
 CPU = torch.device("cpu")
 
 
@@ -58,6 +60,14 @@ def test_losses_are_the_plain_ones_whatever_the_batch(gpt, method, monkeypatch):
     assert torch.allclose(nll, expected[order])
 
 
+def test_whole_rows_are_scored_from_their_second_token_on(gpt):
+    nll, count = score(run_in("."), gpt, ROWS, whole=True)
+    rows = replace(ROWS, prompt=torch.ones_like(ROWS.prompt))  # as if nothing were a prompt
+    expected = plain_loss(gpt, rows, torch.arange(len(ROWS)))
+    assert nll.sum().item() == pytest.approx(float(expected))
+    assert count.tolist() == [n - 1 for n in ROWS.length.tolist()]
+
+
 @pytest.mark.parametrize("method", ["base", *train.RATES])
 @pytest.mark.parametrize("chunk", [1, 1 << 11, 1 << 30])
 def test_a_step_in_chunks_has_the_plain_gradients(monkeypatch, method, chunk):
@@ -75,6 +85,21 @@ def test_a_step_in_chunks_has_the_plain_gradients(monkeypatch, method, chunk):
     train.backward(run_in("."), model, ROWS, index, s[index], whole)
     for p, expected in zip(parameters, plain, strict=True):
         assert torch.allclose(p.grad, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])  # of one row the second process gets none
+def test_processes_have_the_gradients_of_one_as_their_mean(n):
+    base, index, s = random_gpt(), torch.arange(n), torch.randn(len(ROWS), 16).double()
+
+    def gradients(rank, world):
+        model = random_adapter(base, "chameleon")
+        train.backward(train.Run(Path("."), CPU, rank=rank, world=world), model, ROWS, index,
+                       s[index], False)
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    whole, parts = gradients(0, 1), (gradients(0, 2), gradients(1, 2))
+    for alone, *each in zip(whole, *parts, strict=True):
+        assert torch.allclose(sum(each) / 2, alone, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a peak there")
@@ -166,6 +191,65 @@ def test_the_best_weights_are_kept_where_the_loss_rises_again(tmp_path, killed):
     assert any(not torch.equal(t, seen[3][name]) for name, t in kept.items())
 
 
+@pytest.mark.parametrize("method", ["base", "lora"])
+def test_training_takes_the_steps_of_adamw(tmp_path, method):
+    """In float64, against its formulas (Loshchilov & Hutter 2019): moments, decay, clipping, rates,
+    each epoch's own batches."""
+    base, whole = random_gpt(), method == "base"
+    model = base.requires_grad_(True) if whole else random_adapter(base, method)
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    plan = {"method": method, "seed": 0, "lr": 0.01, "steps": 5, "steps_per_epoch": 2,
+            "evaluations": 1}
+
+    def batches(epoch):
+        return torch.arange(len(ROWS)).roll(5 * epoch)[:16].split(8)
+
+    fit(run_in(tmp_path), tmp_path / "a.safetensors", model, plan, ROWS, batches, lambda i: None,
+        lambda: (torch.tensor([1.0]), torch.tensor([1])))
+    found = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    parameters, norms = dict(model.named_parameters()), []
+    for name, value in start.items():
+        parameters[name].data.copy_(value)
+    m, v = ({n: torch.zeros_like(p) for n, p in start.items()} for _ in range(2))
+    for t in range(1, 6):
+        tokens, targets = ROWS.batch(batches((t - 1) // 2)[(t - 1) % 2], whole)
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        g = dict(zip(start, torch.autograd.grad(loss, [parameters[n] for n in start]), strict=True))
+        norms.append(sum(x.square().sum() for x in g.values()).sqrt())
+        lr = learning_rate(t - 1, 5, 0.01)
+        for n, grad in g.items():
+            grad = grad * min(1.0, 1.0 / norms[-1])
+            decay = 0.1 if whole and grad.dim() > 1 else 0.0
+            m[n] = 0.9 * m[n] + 0.1 * grad
+            v[n] = 0.95 * v[n] + 0.05 * grad * grad
+            step = m[n] / (1 - 0.9 ** t) / ((v[n] / (1 - 0.95 ** t)).sqrt() + 1e-8)
+            parameters[n].data.mul_(1 - lr * decay).sub_(lr * step)
+    assert max(norms) > 1.1  # one was clipped
+    for n, value in found.items():
+        assert torch.allclose(value, parameters[n], rtol=1e-6, atol=1e-7), n
+
+
+def test_a_state_is_kept_every_minute(tmp_path, monkeypatch):
+    clock, kept, real = iter(range(10**9)), [], train.write_tensors
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 10.0 * next(clock))
+
+    def write(path, tensors, info):
+        kept.append(info["done"]["step"])
+        real(path, tensors, info)
+
+    monkeypatch.setattr(train, "write_tensors", write)
+    plan = {"method": "lora", "seed": 0, "lr": 0.1, "steps": 20, "steps_per_epoch": 1,
+            "evaluations": 1}
+    model = make_adapter(random_gpt().float(), {"method": "lora", "rank": 1, "alpha": 1.0})
+    fit(run_in(tmp_path), tmp_path / "a.safetensors", model, plan, ROWS,
+        lambda epoch: [torch.arange(8)], lambda i: None,
+        lambda: (torch.tensor([1.0]), torch.tensor([1])))
+    assert kept[-2:] == [20, 20]  # the last state, the result
+    gaps = [b - a for a, b in itertools.pairwise([0, *kept[:-2]])]
+    assert 1 < min(gaps) <= max(gaps) <= 4  # a step reads the clock two or three times
+
+
 def test_no_frozen_parameter_moves(tmp_path):
     base = random_gpt().float()
     model = make_adapter(base, {"method": "chameleon", "rank": 2, "alpha": 4.0, "clusters": 2})
@@ -232,11 +316,11 @@ def test_chameleons_batches_and_what_their_rows_are_told(tmp_path, monkeypatch, 
     come together, each told of its whole cluster."""
     taken = {}
     monkeypatch.setattr(train, "fit", lambda run, path, model, plan, rows, drawn, told, evaluate:
-                        taken.update(batches=drawn(0), told=told))
+                        taken.update(batches=drawn(0), told=told, model=model, score=evaluate))
     base = random_gpt().float()
     plan = {"method": "chameleon", "seed": 0, "rank": 2, "alpha": 4.0, "clusters": 3,
             "cluster_size": 12, "batch_size": 4, "batches": batches}
-    train.train_adapter(run_in(tmp_path), tmp_path / "a.safetensors", base, plan, ROWS, ROWS)
+    train.train_adapter(run_in(tmp_path), tmp_path / "a.safetensors", base, plan, ROWS, HELD_OUT)
     means, count = prompt_means(ROWS, base.transformer.wte.weight)
     points = features(means, means.mean(dim=0))
     cluster = kmeans(points, 3, train.generator(0))[1]
@@ -249,6 +333,19 @@ def test_chameleons_batches_and_what_their_rows_are_told(tmp_path, monkeypatch, 
             heard = there[cluster[there] == cluster[i]]
             expected = (means[heard] * count[heard, None]).sum(dim=0) / count[heard].sum()
             assert torch.allclose(told, expected, atol=1e-5)
+
+    # Held-out rows are clustered among themselves, beside the training's mean.
+    randomise(taken["model"].lm_head.hypernetwork)
+    theirs, their_count = prompt_means(HELD_OUT, base.transformer.wte.weight)
+    cluster = kmeans(features(theirs, means.mean(dim=0)), round(len(HELD_OUT) / 12),
+                     train.generator(0))[1]
+    expected = torch.stack([
+        (theirs[c] * their_count[c, None]).sum(dim=0) / their_count[c].sum()
+        for c in (cluster == own for own in cluster)])
+    nll, count = taken["score"]()
+    assert torch.allclose(nll, score(run_in("."), taken["model"], HELD_OUT, expected)[0], rtol=1e-5)
+    assert not torch.allclose(nll, score(run_in("."), taken["model"], HELD_OUT, theirs)[0],
+                              rtol=1e-5)
 
 
 def test_an_adapter_fits_no_other_base(finished_run):
