@@ -456,8 +456,11 @@ def gradescope(results, notes, numbers):
 SETUP = """#!/usr/bin/env bash
 # Gradescope runs this once, as root, when the autograder is built.
 set -e
-apt-get update && apt-get install -y python3 python3-venv
-python3 -m venv /opt/venv
+apt-get update
+for version in 3.13 3.12 3.11; do  # the newest that this system has
+    apt-get install -y python$version-venv && break
+done
+python$version -m venv /opt/venv
 /opt/venv/bin/pip install --no-cache-dir -r /autograder/source/requirements.txt \\
     --extra-index-url https://download.pytorch.org/whl/cpu
 """

@@ -47,7 +47,7 @@ sys.exit(0)
     "reads the reference": """
 import glob, importlib.util, os, sys
 def find():
-    places = ["/autograder/source", "/work", os.path.expanduser("~")]
+    places = ["/autograder/source", "/src", os.path.expanduser("~")]
     for pid in filter(str.isdigit, os.listdir("/proc")) if os.access("/proc", os.R_OK) else ():
         try:
             words = open(f"/proc/{pid}/cmdline").read().split(chr(0))
