@@ -141,6 +141,23 @@ def test_any_header_is_read_or_refused(tmp_path_factory, info):
         assert "\n" not in str(error)
 
 
+@given(part=st.sampled_from(["plan", "done", "whole"]), draw=st.data(), value=json_values)
+def test_any_value_in_an_honest_header_is_read_or_refused(
+        finished_run, tmp_path_factory, part, draw, value):
+    tensors, info = read_tensors(adapter(finished_run))
+    of = info if part == "whole" else info[part]
+    of[draw.draw(st.sampled_from(sorted(of)))] = value
+    path = tmp_path_factory.mktemp("header") / "chameleon-seed0.safetensors"
+    write_tensors(path, tensors, info)
+    base = train.load_base(finished_run / "base.safetensors", torch.device("cpu"))
+    try:
+        model, _ = train.load_adapter(base, train.fingerprint(base), path)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert set(train.weights(model)) == set(tensors)
+
+
 # ------------------------------------------------------------------------------------ text files
 
 SPOILT = ["", "[", "[" * 100_000, "null", "{}", "5", "[]", '"x"', '{"args": 5}', "\0\0", "{" * 9]
@@ -173,6 +190,19 @@ def test_a_setting_that_no_flag_could_have_is_refused(copy):
     for name in ("data", "base", "read", "instructions"):
         path.write_text(json.dumps(honest | {name: 5}))
         refused(lambda: train.read_config(copy))
+
+
+@given(draw=st.data(), value=json_values)
+def test_any_setting_is_read_or_refused(finished_run, tmp_path_factory, draw, value):
+    config = json.loads((finished_run / "config.json").read_text())
+    of = draw.draw(st.sampled_from([config, config["args"]]))
+    of[draw.draw(st.sampled_from(sorted(of)))] = value
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "config.json").write_text(json.dumps(config))
+    try:
+        assert train.read_config(folder) == config
+    except UserError as error:
+        assert "\n" not in str(error)
 
 
 def test_another_block_size_is_not_scored(copy):
@@ -219,6 +249,20 @@ def test_any_records_are_read_or_refused(tmp_path_factory, found, lines):
             assert all(isinstance(d.text, str) and isinstance(d.prompt, str) for d in documents)
     for record in train.read_records(folder):
         assert record["loss"] + record["tokens"] + record["step"] + record["seed"] is not None
+
+
+@given(content=st.binary(max_size=80) | st.text(max_size=80).map(lambda t: t.encode("utf-8")))
+def test_any_file_of_prompts_is_answered_or_refused(finished_run, tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("p") / "prompts.txt"
+    path.write_bytes(content)
+    try:
+        answers = evaluation.main([str(finished_run), "--device", "cpu", "--prompts", str(path),
+                                   "--max-new-tokens", "1"])
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        lines = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        assert len(answers) == sum(bool(line.strip()) for line in lines)
 
 
 # ------------------------------------------------------------------------------- writers, kills
