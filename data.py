@@ -119,31 +119,33 @@ def read_wikitext(folder):
 
 
 def parse_records(path):
-    """The objects of a JSON array or of JSON Lines; a field that is null is not there."""
+    """(where, object) of a JSON array or of JSON Lines; a field that is null is not there."""
     text = read_text(path)
     if path.suffix.lower() == ".jsonl" or text.lstrip()[:1] != "[":
-        records = [parse_json(line, f"{path}, line {number}")
-                   for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        lines = [(f"{path}, line {number}", line)
+                 for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        records = [(where, parse_json(line, where)) for where, line in lines]
     else:
-        records = parse_json(text, path)
-    for record in records:
+        found = parse_json(text, path)
+        records = [(f"{path}, record {number}", r) for number, r in enumerate(found, 1)]
+    for where, record in records:
         fields = record.items() if isinstance(record, dict) else ()
         if not fields or any(value is not None for _, value in fields):
-            yield {name: value for name, value in fields if value is not None}
+            yield where, {name: value for name, value in fields if value is not None}
 
 
 def read_records(path):
     """Documents of a file of records, in one of the layouts that `understand` knows."""
     records, unread = list(parse_records(path)), set()
-    said = [turns_of(record) for record in records]
+    said = [turns_of(record) for _, record in records]
     # A conversation that another record goes on with would have its answer in that one's prompt.
     begun = {turns[:n] for turns in said for n in range(1, len(turns))}
-    for number, record in enumerate(records, 1):
+    for (where, record), turns in zip(records, said, strict=True):
         parts, output, names = understand(record)
-        if said[number - 1] in begun:
+        if turns in begun:
             continue
         if not all(isinstance(part, str) for part in (*parts, output)):
-            raise UserError(f'{path}, record {number}: expected an object with the strings '
+            raise UserError(f'{where}: expected an object with the strings '
                             f'"instruction" and "output" (and perhaps "input"), or "prompt" and '
                             f'"completion", or "text", or with "messages"')
         # Half of a surrogate pair, which JSON can spell, is no text: it becomes a question mark.

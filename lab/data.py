@@ -64,7 +64,7 @@ def read_instructions(dataset, data_dir):
     path, found = Path(data_dir) / dataset if dataset == "alpaca" else Path(dataset), {}
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
         known = file.suffix.lower() in (".json", ".jsonl") and file.is_file()
-        for record in core.parse_records(file) if known else ():
+        for _, record in core.parse_records(file) if known else ():
             parts = [part.strip() for part in core.understand(record)[0]]
             if parts:
                 found["\n".join(filter(None, parts)) + RESPONSE] = len(parts[0])

@@ -285,13 +285,13 @@ def test_layouts_of_records(tmp_path, capsys, name, record, prompt, text):
     {"prompt": "a"}, {"prompt": 0, "completion": "a"}, {"text": []}, {}])
 def test_records_of_no_layout_are_refused(tmp_path, record):
     path = write(tmp_path, "x.jsonl", json.dumps(record)) / "x.jsonl"
-    with pytest.raises(UserError, match="record 1: expected an object"):
+    with pytest.raises(UserError, match="line 1: expected an object"):
         list(data.read_records(path))
 
 
 @pytest.mark.parametrize("name, text, message", [
     ("x.json", "[", "is not JSON"), ("x.json", '{"text":', "line 1"),
-    ("x.json", "[1]", "record 1"), ("x.jsonl", '{"text": "a"}\n{"text": 1}', "record 2"),
+    ("x.json", "[1]", "record 1"), ("x.jsonl", '{"text": "a"}\n\n{"text": 1}', "line 3"),
     ("x.jsonl", '{"text": "a"}\n{', "line 2"), ("x.json", "[" * 100000, "is not JSON"),
     ("x.json", '[{"instruction": "a"}]', "record 1"), ("x.txt", "one", "at least 3"),
     ("x.pdf", "?", "no .txt, .json or .jsonl"), ("validation.txt", "a", "and none names train"),
