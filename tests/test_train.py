@@ -230,6 +230,38 @@ def test_training_takes_the_steps_of_adamw(tmp_path, method):
         assert torch.allclose(value, parameters[n], rtol=1e-6, atol=1e-7), n
 
 
+def test_each_evaluation_is_recorded_once_also_when_a_kill_comes_before_its_state(
+        tmp_path, monkeypatch):
+    plan = {"method": "lora", "seed": 0, "lr": 0.1, "steps": 4, "steps_per_epoch": 2,
+            "evaluations": 4}
+    others = [{"method": "base", "seed": 0, "step": 9, "tokens": 5, "loss": 2.0},
+              {"method": "lora", "seed": 1, "step": 9, "tokens": 5, "loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in others))
+    batches = torch.arange(len(ROWS)).split(len(ROWS) // 2)
+    real = train.write_tensors
+
+    def killed(path, tensors, info):
+        if info["done"]["step"] == 3:
+            raise KeyboardInterrupt
+        real(path, tensors, info)
+
+    def attempt():
+        model = make_adapter(random_gpt().float(), {"method": "lora", "rank": 1, "alpha": 1.0})
+        fit(run_in(tmp_path), tmp_path / "a.safetensors", model, plan, ROWS, lambda epoch: batches,
+            lambda i: None, lambda: (torch.tensor([3.0]), torch.tensor([2])))
+
+    monkeypatch.setattr(train, "write_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        attempt()
+    assert [r["step"] for r in train.read_records(tmp_path)] == [9, 9, 1, 2, 3]
+    monkeypatch.setattr(train, "write_tensors", real)
+    attempt()
+    read = [int(ROWS.length[index].sum()) for index in batches * 2]
+    assert train.read_records(tmp_path) == others + [
+        {"method": "lora", "seed": 0, "step": i + 1, "tokens": sum(read[:i + 1]), "loss": 1.5}
+        for i in range(4)]
+
+
 def test_a_state_is_kept_every_minute(tmp_path, monkeypatch):
     clock, kept, real = iter(range(10**9)), [], train.write_tensors
     monkeypatch.setattr(train.time, "perf_counter", lambda: 10.0 * next(clock))
