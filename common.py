@@ -20,7 +20,11 @@ from safetensors.torch import save_file
 
 
 class UserError(Exception):
-    """Something that the user can put right; the message says what is wrong and what to do."""
+    """Something that the user can put right; the message says what is wrong and what to do, in one
+    line, whatever odd name or text it repeats."""
+
+    def __str__(self):
+        return printable(super().__str__()).replace("\n", "\\n")
 
 
 def run_cli(main):
