@@ -310,6 +310,22 @@ def test_the_learning_rate_rises_and_falls():
     assert learning_rate(0, 1, 2.0) == 2.0
 
 
+def test_draws_are_each_seeds_and_epochs_own_and_the_same_again():
+    drawn = {(seed, epoch): tuple(torch.rand(4, generator=train.generator(seed, epoch)).tolist())
+             for seed in range(4) for epoch in range(9)}
+    assert len(set(drawn.values())) == len(drawn)
+    assert torch.rand(4, generator=train.generator(3, 8)).tolist() == list(drawn[3, 8])
+
+
+@pytest.mark.parametrize("rows, batch, epochs, limit, expected", [
+    (40, 8, 1, 99, (5, 5)), (41, 8, 1, 99, (6, 6)), (41, 8, 2.5, 99, (15, 6)),
+    (41, 8, 2, 7, (7, 6)), (3, 8, 0.1, 99, (1, 1))])
+def test_the_steps_of_a_training(rows, batch, epochs, limit, expected):
+    plan = train.plan_steps(rows, batch, epochs, 4, limit)
+    assert (plan["steps"], plan["steps_per_epoch"]) == expected
+    assert plan["evaluations"] == min(4, plan["steps"])
+
+
 def test_lora_match_has_chameleons_parameters(finished_run):
     run = {}
     base = train.load_base(finished_run / "base.safetensors", CPU)
@@ -382,7 +398,11 @@ def test_chameleons_batches_and_what_their_rows_are_told(tmp_path, monkeypatch, 
 
 def test_an_adapter_fits_no_other_base(finished_run):
     base = train.load_base(finished_run / "base.safetensors", CPU)
-    base.lm_head.weight.data[0, 0] += 1
+    before, found = train.fingerprint(base), set()
+    for p in base.parameters():  # any number of any of them counts
+        p.data.view(-1)[-1] += 1
+        found.add(train.fingerprint(base))
+    assert len(found | {before}) == len(list(base.parameters())) + 1
     with pytest.raises(UserError, match="not an adapter of this base"):
         train.load_adapter(base, train.fingerprint(base),
                            finished_run / "adapters" / "lora-seed0.safetensors")
