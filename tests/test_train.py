@@ -396,6 +396,20 @@ def test_chameleons_batches_and_what_their_rows_are_told(tmp_path, monkeypatch, 
                               rtol=1e-5)
 
 
+def test_a_base_reads_and_is_validated_on_whole_rows(tmp_path, monkeypatch):
+    taken = {}
+    monkeypatch.setattr(train, "fit", lambda run, path, model, plan, rows, drawn, told, evaluate:
+                        taken.update(rows=rows, drawn=drawn, told=told, count=evaluate()[1]))
+    config = {"block_size": 12, "vocab_size": 31, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    train.train_base(run_in(tmp_path), tmp_path / "base.safetensors",
+                     {"seed": 0, "batch_size": 4, "config": config}, ROWS, HELD_OUT)
+    assert taken["count"].tolist() == (HELD_OUT.length - 1).tolist()
+    epochs = [torch.cat(taken["drawn"](epoch)).tolist() for epoch in (0, 1)]
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(
+        range(len(ROWS)))
+    assert taken["rows"] is ROWS and taken["told"](torch.arange(2)) is None
+
+
 def test_an_adapter_fits_no_other_base(finished_run):
     base = train.load_base(finished_run / "base.safetensors", CPU)
     before, found = train.fingerprint(base), set()
