@@ -461,7 +461,7 @@ class Rows:
         Targets are IGNORE outside the continuation. `whole` scores prompts too (all but the first
         token, which nothing predicts): that is how a base is trained.
         """
-        tokens, real = self.read(index)  # (B, T + 1)
+        tokens, real = self.read(index)  # (B, T + 1), T here that of the longest of these rows
         place = torch.arange(tokens.shape[1])
         scored = real & (place >= (1 if whole else self.prompt[index, None]))
         return tokens[:, :-1], tokens.masked_fill(~scored, IGNORE)[:, 1:]

@@ -250,7 +250,8 @@ def losses(logits_of: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
 def leak_check(predict, tokens: Tensor, prompt: Tensor, n_words: int) -> bool:
     """9. Does a method leak? predict(tokens) -> losses of every scored token (N, T), 0 where none
     is scored; tokens (N, T + 1), prompt (N,): how many tokens of each row are its prompt. True if a
-    prediction depends on the token that it is scored on, or on a later one of any row."""
+    prediction depends on the token that it is scored on, on a later one of its row, or on a
+    continuation of another row."""
     from leak_check import leaks
 
     return leaks(predict, tokens, prompt, n_words)

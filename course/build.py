@@ -47,7 +47,7 @@ Then read the first handout in `handouts/`, write the function, and run its test
 python -m pytest tests/test_01_attention.py
 ```
 
-| exercise | handout | points | minutes | level | |
+| exercise | handout | points | minutes | level | here |
 | --- | --- | ---: | ---: | --- | --- |
 {table}
 
@@ -55,7 +55,8 @@ The letters B, T, C, V, r, K and N are explained at the top of model.py. Where a
 its docstring is left, and comments with the shapes of the steps of one solution: yours may take
 other steps. You may add functions and files. You may rename and rebuild what you like, as long as
 `adapters.py`, through which the tests call your code, names it. The tests in `tests/` are a part of
-those that count: your code is graded with other numbers too.
+those that count: your code is graded with other numbers too. Exercises 9, 11 and 12 have none
+there. A bare `pytest` fails in all exercises that are open.
 
 To hand in, pack this folder, without `.venv` and `runs`.
 """
@@ -198,7 +199,7 @@ def copy_of(first):
     for e in EXERCISES:
         path = handout(e.number)
         texts[f"handouts/{path.name}"] = read_text(path)
-        given = "solved here" if e.number < first else ""
+        given = "solved" if e.number < first else "open"
         table.append(f"| {e.number}. {e.title} | [{path.name}](handouts/{path.name}) | {e.points} "
                      f"| {e.minutes} | {e.level} | {given} |")
     for path in sorted((COURSE / "student_tests").glob("test_*.py")):

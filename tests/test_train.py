@@ -326,6 +326,12 @@ def test_the_steps_of_a_training(rows, batch, epochs, limit, expected):
     assert plan["evaluations"] == min(4, plan["steps"])
 
 
+def test_clusters_have_as_many_rows_as_asked_on_average():
+    args = train.parse(["--cluster-size", "8"])
+    plan = train.adapter_plan(args, random_gpt().float(), "", "chameleon", 0, n_rows=103)
+    assert (plan["clusters"], plan["cluster_size"]) == (13, 8)
+
+
 def test_lora_match_has_chameleons_parameters(finished_run):
     run = {}
     base = train.load_base(finished_run / "base.safetensors", CPU)
