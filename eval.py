@@ -209,6 +209,7 @@ def draw_clusters(points, cluster, kind, names, path):
     left.set(title="prompts, in their two widest directions", xticks=[], yticks=[])
     right.set(title=f"clusters: {pure:.0%} of rows are of the main kind of theirs",
               xlabel="cluster", ylabel="rows", ylim=(0, 1.05 * float(bottom.max())))
+    right.yaxis.get_major_locator().set_params(integer=True)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=7,
                   frameon=False)
     save(figure, path)
