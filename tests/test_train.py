@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -137,8 +138,10 @@ class BiasHead(LMHead):
     def __init__(self, weight):
         super().__init__(weight)
         self.bias = torch.nn.Parameter(torch.zeros(len(weight)))
+        self.modes = []
 
     def forward(self, hidden, statistics=None):
+        self.modes.append(self.training)
         return super().forward(hidden) + self.bias
 
 
@@ -149,9 +152,11 @@ def test_a_head_with_its_own_forward_is_trained_and_scored(tmp_path):
     before = score(run_in(tmp_path), model, ROWS)[0].sum()
     plan = {"method": "lora", "seed": 0, "lr": 0.1, "steps": 5, "steps_per_epoch": 1,
             "evaluations": 1}
+    model.lm_head.modes.clear()
     fit(run_in(tmp_path), tmp_path / "a.safetensors", model, plan, ROWS,
         lambda epoch: [torch.arange(len(ROWS))], lambda i: None,
         lambda: score(run_in(tmp_path), model, ROWS))
+    assert model.lm_head.modes == [True] * 5 + [False]  # a dropout of its own would know
     assert model.lm_head.bias.abs().min() > 0.01  # every word stands in the batch's logits
     assert score(run_in(tmp_path), model, ROWS)[0].sum() < before
     model.lm_head.bias.data[:] = 0
@@ -339,6 +344,7 @@ def test_lora_match_has_chameleons_parameters(finished_run):
         path = finished_run / "adapters" / f"{name}-seed0.safetensors"
         model, _plan = train.load_adapter(base, train.fingerprint(base), path)
         run[name] = n_trained(model)
+        assert not model.training
     assert run["lora"] < run["lora-match"]
     assert abs(run["lora-match"] - run["chameleon"]) <= run["lora"] / 4  # within half a rank, of 4
     heads = {name: train.load_adapter(base, train.fingerprint(base), finished_run / "adapters" /
@@ -496,6 +502,31 @@ def test_more_methods_and_seeds_use_the_base_that_is_there(arguments, capsys):
         with pytest.raises(UserError, match="was made with"):
             train.main([*arguments, *change])
     assert (out / "config.json").read_bytes() == kept  # a run that is refused changes nothing
+
+
+def test_a_run_on_other_text_or_another_base_is_refused(finished_run, corpus, tmp_path):
+    text = Path(shutil.copytree(corpus, tmp_path / "text"))
+    arguments = ["--dataset", str(text), "--block-size", "24", "--methods", "lora", "--max-steps",
+                 "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    train.main([*arguments, "--base", str(finished_run / "base.safetensors")])
+    other = Path(shutil.copytree(finished_run, tmp_path / "other"))
+    with pytest.raises(UserError, match="a run on another base"):
+        train.main([*arguments, "--base", str(other / "base.safetensors"), "--methods", "chameleon"])
+    with open(text / "text0.txt", "a", encoding="utf-8") as file:
+        file.write("a word more\n")
+    with pytest.raises(UserError, match="a run on other text"):
+        train.main([*arguments, "--base", str(finished_run / "base.safetensors"), "--methods",
+                    "chameleon"])
+
+
+def test_the_state_of_a_finished_training_is_cleared(arguments, capsys):
+    out = train.main([*arguments, "--methods", "lora"])
+    path = out / "adapters" / "lora-seed0.safetensors"
+    shutil.copy(path, path.with_suffix(".state"))  # as a kill between the last two steps leaves it
+    capsys.readouterr()
+    train.main([*arguments, "--methods", "lora"])
+    assert "trained before" in capsys.readouterr().out
+    assert not path.with_suffix(".state").exists()
 
 
 def test_the_share_of_each_kind_is_said(arguments, corpus, capsys):
