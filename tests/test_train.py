@@ -511,7 +511,8 @@ def test_a_run_on_other_text_or_another_base_is_refused(finished_run, corpus, tm
     train.main([*arguments, "--base", str(finished_run / "base.safetensors")])
     other = Path(shutil.copytree(finished_run, tmp_path / "other"))
     with pytest.raises(UserError, match="a run on another base"):
-        train.main([*arguments, "--base", str(other / "base.safetensors"), "--methods", "chameleon"])
+        train.main([*arguments, "--base", str(other / "base.safetensors"), "--methods",
+                    "chameleon"])
     with open(text / "text0.txt", "a", encoding="utf-8") as file:
         file.write("a word more\n")
     with pytest.raises(UserError, match="a run on other text"):
