@@ -485,6 +485,8 @@ def test_an_interrupted_training_is_not_written_over(arguments, monkeypatch):
     monkeypatch.setattr(train, "write_tensors", real)
     with pytest.raises(UserError, match="interrupted training; add --resume"):
         train.main(arguments)
+    with pytest.raises(UserError, match=r"state was made with rank = 4, not 3"):
+        train.main([*arguments, "--resume", "--rank", "3"])
     train.main([*arguments, "--resume"])
 
 
@@ -635,7 +637,8 @@ def test_the_program_itself_ends_with_status_2(tmp_path):
 
 @pytest.mark.parametrize("error, status, message", [
     (KeyboardInterrupt(), 130, "--resume goes on"), (OSError(28, "No space left"), 2, "No space"),
-    (RuntimeError("CUDA out of memory"), 2, "--batch-size needs less")])
+    (RuntimeError("CUDA out of memory"), 2, "--batch-size needs less"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size needs less")])
 def test_how_a_program_ends(error, status, message, capsys):
     def main():
         raise error
@@ -645,6 +648,25 @@ def test_how_a_program_ends(error, status, message, capsys):
     assert ended.value.code == status and message in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a mistake of ours"):  # is not hidden
         train.run_cli(lambda: (_ for _ in ()).throw(RuntimeError("a mistake of ours")))
+
+
+def printing(text, **options):
+    code = f"import common; common.run_cli(lambda: print({text!r} * 9999, flush=True))"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120,
+                          stderr=subprocess.PIPE, **options)
+
+
+def test_output_that_nobody_reads_ends_the_program_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    done = printing("x", stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_output_that_knows_ascii_alone_is_spelt_out():
+    done = printing("\u6771", stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, b"") and b"\\u6771\\u6771" in done.stdout
 
 
 # --------------------------------------------------------------------------------------- common
