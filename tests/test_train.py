@@ -665,7 +665,8 @@ def test_output_that_nobody_reads_ends_the_program_quietly():
 
 
 def test_output_that_knows_ascii_alone_is_spelt_out():
-    done = printing("\u6771", stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = printing("\u6771", stdout=subprocess.PIPE, env=env)
     assert (done.returncode, done.stderr) == (0, b"") and b"\\u6771\\u6771" in done.stdout
 
 
