@@ -41,7 +41,7 @@ def run_cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:  # OSError: a full disk, a file in the way
-        print(printable(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:  # CUDA has a class for this, CPU and MPS have not
         if not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
