@@ -68,7 +68,7 @@ def test_a_header_that_cannot_be_is_refused(copy, part, name):
     path = copy / "base.safetensors" if part == "config" else adapter(copy)
     honest = path.read_bytes()
     reals = {"alpha": 0, "lr": 0, "seconds": 0, "cluster_size": 1, "best": -math.inf}
-    for value in [*ODD, 0]:
+    for value in [*ODD, 0, *([10**9] if name in {"rank", "clusters", "vocab_size"} else [])]:
         fits = (isinstance(value, float) and math.isfinite(value)) or (
             type(value) is int and value < 2**53)
         if name in reals and fits and value >= reals[name]:
@@ -297,11 +297,20 @@ def test_a_folder_that_nothing_came_of_is_gone(arguments, tmp_path):
 def test_what_a_kill_leaves_is_cleared(arguments, tmp_path):
     folder = tmp_path / "run"
     (folder / "adapters").mkdir(parents=True)
-    for name in (".config.json.tmp", ".tokenizer.json.tmp", "adapters/.lora-seed0.state.tmp"):
+    for name in (".config.json.tmp", ".metrics.jsonl.tmp", "adapters/.lora-seed7.state.tmp",
+                 "adapters/.chameleon-seed0.safetensors.tmp"):
         (folder / name).write_text("half")
     train.main([*arguments, "--methods", "lora"])
     assert not list(folder.rglob(".*"))
     assert not list(folder.rglob("*.state"))
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "kept").write_text("something")
+    (tmp_path / "lock").symlink_to(tmp_path / "kept")
+    with pytest.raises(UserError, match="is a link"), only_writer(tmp_path):
+        pass
+    assert (tmp_path / "kept").read_text() == "something"
 
 
 def test_a_place_without_locks_is_said(tmp_path, monkeypatch, capsys):

@@ -581,6 +581,7 @@ def test_auto_takes_gpt2_where_there_is_a_gpu_and_says_why(tmp_path, monkeypatch
     assert chosen("wikitext2", "cpu") == ("scratch", "there is no GPU")
     monkeypatch.setattr(train, "find_gpt2", lambda name, folder: tmp_path)
     assert chosen("wikitext2", "cuda")[0] == "gpt2"
+    assert chosen("python", "cuda") == ("scratch", "the default for --dataset python")
 
     def fail(name, folder):
         raise UserError("cannot be reached")
