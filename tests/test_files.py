@@ -68,7 +68,8 @@ def test_a_header_that_cannot_be_is_refused(copy, part, name):
     path = copy / "base.safetensors" if part == "config" else adapter(copy)
     honest = path.read_bytes()
     reals = {"alpha": 0, "lr": 0, "seconds": 0, "cluster_size": 1, "best": -math.inf}
-    for value in [*ODD, 0, *([10**9] if name in {"rank", "clusters", "vocab_size"} else [])]:
+    for value in [*ODD, 0, *([10**9] if name in {"rank", "clusters", "vocab_size",
+                                                          "block_size"} else [])]:
         fits = (isinstance(value, float) and math.isfinite(value)) or (
             type(value) is int and value < 2**53)
         if name in reals and fits and value >= reals[name]:
