@@ -15,6 +15,7 @@ cluster that holds both.
 import ast
 import base64
 import hashlib
+import io
 import os
 import re
 import sysconfig
@@ -84,7 +85,7 @@ def read_pycode():
     """Code: modules of four packages of the standard library, without their docstrings."""
     packages = ("asyncio", "email", "multiprocessing", "unittest")
     for name, source in standard_library(*(f"{package}/*.py" for package in packages)):
-        lines = source.splitlines(keepends=True)
+        lines = list(io.StringIO(source))  # splitlines() would end one at a form feed too
         for node in docstrings(source):
             lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
         yield Document(name, "".join(lines))
@@ -121,13 +122,14 @@ def read_wikitext(folder):
 def parse_records(path):
     """(where, object) of a JSON array or of JSON Lines; a field that is null is not there."""
     text = read_text(path)
-    if path.suffix.lower() == ".jsonl" or text.lstrip()[:1] != "[":
-        lines = [(f"{path}, line {number}", line)
-                 for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(f"{path}, line {number}", line)
+             for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if path.suffix.lower() == ".jsonl" or re.match(r"\s*\{.*\}\s*\n\s*\{", text):
         records = [(where, parse_json(line, where)) for where, line in lines]
     else:
         found = parse_json(text, path)
-        records = [(f"{path}, record {number}", r) for number, r in enumerate(found, 1)]
+        records = [(f"{path}, record {number}", r)
+                   for number, r in enumerate(found if isinstance(found, list) else [found], 1)]
     for where, record in records:
         fields = record.items() if isinstance(record, dict) else ()
         if not fields or any(value is not None for _, value in fields):
@@ -147,7 +149,8 @@ def read_records(path):
         if not all(isinstance(part, str) for part in (*parts, output)):
             raise UserError(f'{where}: expected an object with the strings '
                             f'"instruction" and "output" (and perhaps "input"), or "prompt" and '
-                            f'"completion", or "text", or with "messages"')
+                            f'"completion", or "text", or "messages" with an answer of the '
+                            f'assistant')
         # Half of a surrogate pair, which JSON can spell, is no text: it becomes a question mark.
         *parts, output = (v.encode(errors="replace").decode() for v in (*parts, output))
         unread |= record.keys() - names
@@ -240,9 +243,11 @@ def read(name, data_dir):
     if not name or not path.exists():
         raise UserError(f"no data set {name!r}: neither a known name (python, "
                         f"{', '.join([*known, *HUB])}) nor a file or folder")
-    articles = {f"{split}.txt" for split in SPLITS}
-    if path.is_dir() and {p.name for p in path.iterdir() if p.name[0] != "."} == articles:
-        return read_wikitext(path)
+    names = {p.name for p in path.iterdir() if p.name[0] != "."} if path.is_dir() else ()
+    if names == {f"{split}.txt" for split in SPLITS}:
+        articles = list(read_wikitext(path))
+        if len(articles) > 3:  # there are titles
+            return articles
     return read_files(path)
 
 
@@ -254,17 +259,20 @@ def read_files(path):
     root = path.parent if path.is_file() else path
     found = [path] if path.is_file() else sorted(
         p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
-    runs = {p.parent for p in found if p.name == "lock"}  # train.py's, perhaps of this very text
-    found = [p for p in found if not runs & set(p.parents)
-             and not any(part.startswith(".") for part in p.relative_to(root).parts)]
-    paths = [p for p in found if p.suffix.lower() in (".txt", ".json", ".jsonl") and p.is_file()]
+    found = [p for p in found
+             if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    # A run folder within, perhaps of this very text, holds none.
+    runs = {p.parent for p in found if p.name == "lock" and (p.parent / "config.json").exists()}
+    paths = [p for p in found if p.suffix.lower() in (".txt", ".json", ".jsonl") and p.is_file()
+             and not runs & set(p.parents)]
     names = {p: p.relative_to(root).as_posix() for p in paths}
     if not paths:
         raise UserError(f"{path}: no .txt, .json or .jsonl file there")
     if len(found) > len(paths):
         endings = sorted({p.suffix or p.name for p in found if p not in names})
         print(f"{printable(path)}: {len(found) - len(paths)} files not read, only .txt, .json and "
-              f".jsonl are, and no link to a folder: {printable(', '.join(endings)[:80])}")
+              f".jsonl are, no link to a folder, no run folder: "
+              f"{printable(', '.join(endings)[:80])}")
     split = {p: split_of(names[p]) if path.is_dir() else None for p in paths}
     named = [p for p in paths if split[p]]
     unnamed = [p for p in paths if not split[p]]

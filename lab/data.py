@@ -54,7 +54,8 @@ def read(dataset, data_dir):
         return read_pydocs()
     documents = list(core.read(dataset, data_dir))
     for document, following in itertools.pairwise(documents):
-        if document.split and document.split == following.split:
+        # WikiText's; the sections of any other text are whole.
+        if document.split == following.split == document.key.split(" ")[0]:
             document.text += "\n"  # between two articles, which the core leaves out
     return documents
 

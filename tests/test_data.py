@@ -235,12 +235,37 @@ def test_text_that_is_held_out_is_not_trained_on(tmp_path, capsys):
     assert not held_out & {d.text for d in splits["train"]}
 
 
-def test_a_run_folder_within_its_text_is_not_read(tmp_path):
+def test_a_run_folder_within_its_text_is_not_read(tmp_path, capsys):
     write(tmp_path, "a.txt", "one\ntwo\nthree\n")
     before = load_documents(str(tmp_path), ".")[1]
     for name in ("lock", "config.json", "metrics.jsonl", "adapters/notes.txt"):
         write((tmp_path / "runs" / "x" / name).parent, Path(name).name, "{}")
     assert load_documents(str(tmp_path), ".")[1] == before
+    assert "4 files not read" in capsys.readouterr().out
+    write(tmp_path / "other", "lock", "of another program")
+    write(tmp_path / "other", "b.txt", "four\nfive\n")
+    assert load_documents(str(tmp_path), ".")[1] != before
+
+
+def test_a_form_feed_ends_no_line_of_code(monkeypatch):
+    source = '"""Of the module."""\nx = 1\n\f\n\ndef f():\n    """Of f."""\n    return 1\n'
+    monkeypatch.setattr(data, "standard_library", lambda *patterns: [("a.py", source)])
+    assert data.read_pycode().__next__().text == "x = 1\n\f\n\ndef f():\n    return 1\n"
+
+
+def test_three_files_without_titles_are_no_wikitext(tmp_path):
+    for split in SPLITS:
+        write(tmp_path, f"{split}.txt", f"{split} one\n" * 30)
+    splits, _ = load_documents(str(tmp_path), ".")
+    assert all(len(found) > 20 for found in splits.values())
+
+
+def test_one_object_in_many_lines(tmp_path):
+    write(tmp_path, "x.json", json.dumps({"text": "a\nb"}, indent=1))
+    assert [d.text for d in data.read_records(tmp_path / "x.json")] == ["a\nb"]
+    write(tmp_path, "y.json", json.dumps({"data": [{"text": "a"}]}, indent=1))
+    with pytest.raises(UserError, match="record 1: expected an object"):
+        list(data.read_records(tmp_path / "y.json"))
 
 
 def test_records_of_instructions(tmp_path):
