@@ -98,7 +98,7 @@ def cluster_batches(cluster, batch_size, generator):
     """The paper's batches, each of one cluster: a list of index tensors, one epoch, freshly drawn.
 
     cluster: (N,). Every row comes exactly once. What does not fill a batch at the end of a cluster
-    is packed together, whole leftovers side by side.
+    is packed with other leftovers: where clusters are smaller than a batch, most batches are mixed.
     """
     order = torch.randperm(len(cluster), generator=generator)
     parts = []

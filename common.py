@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 
 class UserError(Exception):
@@ -35,7 +35,8 @@ def run_cli(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; train.py --resume goes on with a training", file=sys.stderr)
+        more = "; --resume goes on with a training" * ("train" in sys.argv[0])
+        print(f"\nstopped{more}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -148,10 +149,7 @@ def write_tensors(path, tensors, info):
     """Save a dict of tensors and, in the header of the same file, a dict `info` as JSON."""
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
-        try:
-            save_file(flat, temporary, metadata={"info": json.dumps(info)})
-        except SafetensorError as error:  # its own word for a full disk
-            raise OSError(f"{error}") from None
+        temporary.write_bytes(save(flat, metadata={"info": json.dumps(info)}))
 
 
 def read_tensors(path):
@@ -167,7 +165,7 @@ def read_tensors(path):
             raise ValueError(f"{odd[0]} holds a number that is not finite" if odd else "no header")
         return tensors, info
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        raise UserError(f"{path} is missing, or closed to you") from None
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or train.py did not write it ({error})") from None
 

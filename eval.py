@@ -24,7 +24,7 @@ from common import (UserError, choose_device, keep_freed_memory, printable, read
 from data import IGNORE, RESPONSE, Tokenizer, cut, kinds, load_documents
 from hypernet import cluster_means, cluster_statistics, features, prompt_means
 from model import generate, merge_lora
-from train import (RATES, Parser, Run, fingerprint, generator, held_out_clusters, load_adapter,
+from train import (RATES, Help, Parser, Run, fingerprint, generator, held_out_clusters, load_adapter,
                    base_path, load_base, n_trained, number, read_config, read_records, score)
 
 # Okabe & Ito's palette: told apart by all kinds of colour vision.
@@ -59,16 +59,20 @@ def controls(head, means, count, cluster, document, seed):
     return tables
 
 
+def open_base(run, config, tokenizer):
+    base = load_base(base_path(run.folder, config), run.device)
+    if tokenizer.vocab_size != base.config.vocab_size:
+        raise UserError(f"{run.folder / 'tokenizer.json'} is not the tokenizer of this base")
+    return base
+
+
 def score_run(run, config, tokenizer, splits):
     """One entry for each adapter and control, for the table and results.json; the features (N, C)
     and clusters (N,) of the validation prompts, None without a chameleon; and what could not be
     scored, a line each."""
-    base = load_base(base_path(run.folder, config), run.device)
+    base = open_base(run, config, tokenizer)
     mark, embedding, entries, clusters = fingerprint(base), base.transformer.wte.weight, [], None
     sizes, damaged = tokenizer.bytes_per_token(), []
-    if len(sizes) != base.config.vocab_size:
-        raise UserError(f"{run.folder / 'tokenizer.json'} is not the tokenizer of this base")
-
     def add(model, plan, control="", tables=None):
         entry = {"name": ", ".join(filter(None, (plan["method"], control))), "seed": plan["seed"],
                  "parameters": n_trained(model), "lr": plan.get("lr"), "rank": plan.get("rank")}
@@ -235,9 +239,9 @@ def answer(run, config, tokenizer, args):
     texts = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not texts:
         raise UserError(f"--prompts {args.prompts}: there is no prompt, one a line")
-    base = load_base(base_path(run.folder, config), run.device)
+    base = open_base(run, config, tokenizer)
     end = RESPONSE if config["instructions"] else ""  # asked as the model was trained
-    prompts = [tokenizer.encode(text + end) for text in texts]
+    prompts = [tokenizer.encode(text.strip() + end if end else text) for text in texts]
     room = base.config.block_size
     for text, prompt in zip(texts, prompts, strict=True):
         if len(prompt) >= room:
@@ -291,7 +295,7 @@ def answer(run, config, tokenizer, args):
 
 def make_parser():
     parser = Parser(prog="eval.py", description="Score a run's adapters, or continue prompts.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    formatter_class=Help)
     add, count = parser.add_argument, number(int, 1, 2**31)
     add("run", help="run folder that train.py wrote")
     add("--data-dir", help="where the data set lies (default: as in training)")

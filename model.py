@@ -140,7 +140,7 @@ class GPT(nn.Module):
     def hidden(self, tokens, cache=None, position=None):
         """Last hidden states (B, T, C) of token ids (B, T).
 
-        When text is generated, `cache` holds keys and values of each layer (see `new_cache`) and
+        When text is generated, `cache` holds keys and values of each layer (see `generate`) and
         position (B, T) says where the tokens stand; else they stand at 0 to T - 1.
         """
         T = tokens.shape[1]
@@ -163,6 +163,9 @@ class GPT(nn.Module):
 
 GPT2_SHAPE = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
               "n_head": "n_head", "n_embd": "n_embd"}
+GPT2_FORM = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+             "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+             "tie_word_embeddings": True}
 
 
 def find_gpt2(name, data_dir):
@@ -188,6 +191,10 @@ def load_gpt2(folder):
     """The GPT in a folder of the Hub's layout. UserError for a file that is no GPT-2's."""
     folder = Path(folder)
     given = parse_json(read_text(folder / "config.json"), folder / "config.json")
+    for name, value in GPT2_FORM.items():
+        if isinstance(given, dict) and given.get(name, value) != value:
+            raise UserError(f"{folder}/config.json: {name} is {given[name]}, and GPT-2's {value}; "
+                            f"this code computes no other form")
     try:
         sizes = {ours: given[theirs] for theirs, ours in GPT2_SHAPE.items()}
         model = GPT(GPTConfig(**sizes))
@@ -327,7 +334,7 @@ def generate(model, prompts, max_new_tokens, statistics=None, temperature=0.0, t
         if done.all():
             break
         length = length + ~done
-        tokens[row, length - 1] = torch.where(done, tokens[row, length - 1], chosen)
+        tokens[row, length - 1] = chosen  # in a row that is done nobody reads it
     return new
 
 

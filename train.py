@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -156,8 +156,7 @@ def fit(run, path, model, plan, rows, batches, statistics, evaluate):
     groups = [{"params": [p for p in parameters if p.dim() > 1],
                "weight_decay": 0.1 if whole else 0.0},
               {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95),
-                                  fused=run.device.type != "mps")
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=run.device.type != "mps")
 
     # Resume: weights, moments, the step and the best weights so far say all. Batches follow from
     # seed and epoch, and nothing else is drawn.
@@ -342,6 +341,7 @@ def base_plan(args, tokenizer, text, n_rows):
     """Everything that shapes a base's training; text: the fingerprint of what it reads."""
     config = GPTConfig(args.block_size, tokenizer.vocab_size, **SIZES[args.size])
     return {"method": "base", "seed": 0, "lr": args.base_lr, "config": asdict(config), "text": text,
+            "asked_vocab_size": args.vocab_size,
             **plan_steps(n_rows, BASE_BATCH_SIZE, args.base_epochs, args.evaluations)}
 
 
@@ -479,6 +479,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def number(kind, low, high):
     """An argparse type: an int or a float from `low` to `high`."""
 
@@ -506,7 +511,7 @@ def method(text):
 
 
 def make_parser():
-    parser = Parser(prog="train.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = Parser(prog="train.py", formatter_class=Help,
                     description="Train a small GPT, then LoRA and ChameleonLLM adapters on it.")
     add, count = parser.add_argument, number(int, 1, 2**31)
     rate = number(float, 1e-9, 100)
@@ -542,7 +547,8 @@ def make_parser():
     add("--max-steps", type=count, default=60, help="but at most so many steps of an adapter")
     add("--batch-size", type=count, default=16, metavar="B", help="rows in an adapter's batch")
     add("--batches", choices=("shuffled", "clustered"), default="shuffled", help="chameleon's: any "
-        "rows, each with the statistic of its cluster, or the paper's, each of one cluster")
+        "rows, each with the statistic of its cluster, or the paper's, each of one cluster (as far "
+        "as --cluster-size fills them)")
     add("--cluster-size", type=count, default=8, metavar="N", help="rows in a cluster, on average")
     add("--rank", type=count, default=4, metavar="r", help="of every low-rank update")
     add("--alpha", type=number(float, 1e-9, 1e9), default=8.0, help="updates scale by alpha / rank")
@@ -556,6 +562,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     names = [Path(name).resolve() for name in args.dataset.split(",")]
     args.out = args.out or "runs/" + "-".join(p.stem if p.is_file() else p.name for p in names)
+    if Path(args.out).resolve() in names:
+        raise UserError(f"--out {args.out} is a folder of text; choose another for what is made")
     config = Path(args.out) / "config.json"
     try:
         "".join(map(str, vars(args).values())).encode()
@@ -565,7 +573,8 @@ def parse(argv):
     if args.resume and not config.exists():
         raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
     if args.resume:
-        parser.set_defaults(**read_config(args.out)["args"], out=args.out)
+        kept = read_config(args.out)
+        parser.set_defaults(**kept["args"] | {"base": kept["base"] or "scratch"}, out=args.out)
         args = parser.parse_args(argv)
     return args
 
@@ -653,6 +662,8 @@ def train(args):
     place = own if scratch else Path(args.base)
     if args.base in HUB_BASES:
         place = find_gpt2(args.base, args.data_dir)
+    if not scratch and (place / "base.safetensors").exists():  # a run folder
+        place /= "base.safetensors"
     if not scratch and not place.exists():
         raise UserError(f"--base {args.base}: neither scratch, auto, {', '.join(HUB_BASES)} nor a "
                         f"folder or file")
@@ -670,7 +681,7 @@ def train(args):
         base_documents, base_text = load_documents(args.base_dataset, args.data_dir)
     if place.is_dir():
         tokenizer = Tokenizer({"name": "gpt2"})
-    elif (place.parent / "tokenizer.json").exists() or not scratch:
+    elif not scratch or own.exists() or own.with_suffix(".state").exists():
         tokenizer = Tokenizer.load(place.parent / "tokenizer.json")
     else:
         texts = (d.prompt + d.text for d in base_documents["train"])
@@ -687,6 +698,10 @@ def train(args):
         check_before(run, own, plan, args.resume)
     paths = {(name, seed): run.folder / "adapters" / f"{name}-seed{seed}.safetensors"
              for name in args.methods for seed in args.seeds}
+    others = {}
+    for path in (run.folder / "adapters").glob("*-seed*.safetensors"):
+        name, _, seed = path.stem.partition("-seed")
+        others |= {(name, int(seed)): path} if name in RATES and seed.isdecimal() else {}
 
     def plan_of(name, seed):
         return adapter_plan(args, base, mark, name, seed, len(rows))
@@ -698,14 +713,18 @@ def train(args):
                             f"most, of {base.config.vocab_size} kinds; --block-size is "
                             f"{args.block_size}, and the tokenizer knows {tokenizer.vocab_size}")
         mark = fingerprint(base)
-        others = {}  # one line of a table is of one setting: the method's other seeds are checked
-        for name in args.methods:
-            for path in (run.folder / "adapters").glob(f"{name}-seed*.safetensors"):
-                seed = path.stem.removeprefix(f"{name}-seed")
-                others |= {(name, int(seed)): path} if seed.isdecimal() else {}
-        for key, path in (others | paths).items():
-            check_before(run, path, plan_of(*key), args.resume)
+        for (name, seed), path in (others | paths).items():
+            # One table is of one setting: what other calls have made is checked too.
+            free = () if name in args.methods else ("lr", "clusters", "cluster_size", "batches")
+            wanted = {k: v for k, v in plan_of(name, seed).items() if k not in free}
+            check_before(run, path, wanted, args.resume)
+    elif others:
+        raise UserError(f"{run.folder / 'adapters'} has adapters of a base that is gone; choose "
+                        f"another --out, or delete that folder")
     read = args.base_dataset if scratch else str(place)
+    if not scratch and place.is_file():
+        with suppress(UserError):  # where it lies in its run's folder, that tells
+            read = read_config(place.parent)["read"]
     print(f"the base has read: {read} ({why_base}); the adapters will read: {args.dataset}, "
           f"{len(rows):,} rows, {rows.length.sum():,} tokens")
     kind = torch.tensor([d.kind for d in documents["train"]])[rows.document]  # (N,)
@@ -719,7 +738,7 @@ def train(args):
         kept = {k: v for k, v in vars(args).items() if k not in OF_A_CALL}
         write_json(run.folder / "config.json", {
             "args": kept, "data": data, "base": "" if scratch else str(place.resolve()),
-            "read": read, "why": why_base,
+            "read": read,
             "instructions": any(d.prompt for d in documents["train"])})
         write_json(run.folder / "tokenizer.json", tokenizer.spec)
     if base is None:

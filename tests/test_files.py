@@ -223,6 +223,8 @@ def test_another_block_size_is_not_scored(copy):
 def test_another_tokenizer_is_refused(copy):
     Path(copy / "tokenizer.json").write_text(json.dumps(Tokenizer.learn(["a b c"], 260).spec))
     refused(lambda: evaluation.main([str(copy), "--device", "cpu"]))
+    (copy / "p.txt").write_text("the river\n")
+    refused(lambda: evaluation.main([str(copy), "--prompts", str(copy / "p.txt")]))
 
 
 @given(spec=json_values)

@@ -37,7 +37,8 @@ def test_the_published_weights_give_the_logits_of_transformers(published):
         assert torch.allclose(ours(TOKENS), theirs(TOKENS).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("spoil", ["missing", "shape", "config", "json", "weights"])
+@pytest.mark.parametrize("spoil", ["missing", "shape", "config", "json", "weights", "relu",
+                                   "untied"])
 def test_what_is_no_gpt2_is_refused_in_a_line(published, tmp_path, spoil):
     tensors = {n: p.clone() for n, p in published[1].transformer.named_parameters()}
     config = json.loads((published[0] / "config.json").read_text())
@@ -47,6 +48,10 @@ def test_what_is_no_gpt2_is_refused_in_a_line(published, tmp_path, spoil):
         tensors["wte.weight"] = torch.zeros(7, 16)
     if spoil == "config":
         del config["n_layer"]
+    if spoil == "relu":
+        config["activation_function"] = "relu"
+    if spoil == "untied":
+        config["tie_word_embeddings"] = False
     (tmp_path / "config.json").write_text("[" if spoil == "json" else json.dumps(config))
     save_file(tensors, tmp_path / "model.safetensors")
     if spoil == "weights":

@@ -532,6 +532,53 @@ def test_the_state_of_a_finished_training_is_cleared(arguments, capsys):
     assert not path.with_suffix(".state").exists()
 
 
+def test_adapters_of_a_base_that_is_gone_are_refused(arguments):
+    out = train.main([*arguments, "--methods", "lora"])
+    (out / "base.safetensors").unlink()
+    with pytest.raises(UserError, match="adapters of a base that is gone"):
+        train.main([*arguments, "--methods", "lora"])
+    shutil.rmtree(out / "adapters")
+    train.main([*arguments, "--methods", "lora"])
+
+
+def test_one_table_has_one_setting_but_rates(arguments):
+    train.main([*arguments, "--methods", "lora"])
+    train.main([*arguments, "--methods", "lora-match", "--lr", "1e-4", "--cluster-size", "20"])
+    for change in (["--max-steps", "8"], ["--rank", "3"], ["--batch-size", "8"]):
+        with pytest.raises(UserError, match="lora-seed0.safetensors was made with"):
+            train.main([*arguments, "--methods", "chameleon", *change])
+
+
+def test_an_interrupted_start_leaves_no_setting_behind(arguments, monkeypatch):
+    """What --vocab-size says is what the tokenizer has, and a trained base's does not change."""
+    monkeypatch.setattr(train, "train_base", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*arguments, "--vocab-size", "270"])
+    monkeypatch.undo()
+    out = train.main([*arguments, "--methods", "lora"])
+    assert train.Tokenizer.load(out / "tokenizer.json").vocab_size == 300
+    with pytest.raises(UserError, match="asked_vocab_size"):
+        train.main([*arguments, "--resume", "--vocab-size", "290"])
+
+
+def test_a_runs_folder_is_a_base_and_tells_what_it_has_read(
+        finished_run, corpus, tmp_path, monkeypatch):
+    small = ["--dataset", str(corpus), "--block-size", "24", "--max-steps", "2", "--device", "cpu"]
+    monkeypatch.chdir(finished_run.parent)
+    out = train.main([*small, "--base", finished_run.name, "--methods", "lora",
+                      "--out", str(tmp_path / "r")])
+    assert train.read_config(out)["read"] == train.read_config(finished_run)["read"]
+    monkeypatch.chdir(tmp_path)  # its relative name leads nowhere from here
+    train.main(["--resume", "--out", "r", "--methods", "lora,chameleon"])
+    with pytest.raises(UserError, match="is a folder of text"):
+        train.main([*small, "--out", str(corpus)])
+
+
+def test_all_files_of_a_run_can_be_read_by_the_same_people(finished_run):
+    modes = {p.stat().st_mode for p in finished_run.rglob("*") if p.is_file()}
+    assert len(modes) == 1
+
+
 def test_the_share_of_each_kind_is_said(arguments, corpus, capsys):
     names = [str(corpus), str(corpus / "text1.txt")]  # 8 equal files, and one of them
     train.main([*arguments, "--dataset", ",".join(names), "--methods", "lora"])
@@ -640,7 +687,9 @@ def test_the_program_itself_ends_with_status_2(tmp_path):
     (KeyboardInterrupt(), 130, "--resume goes on"), (OSError(28, "No space left"), 2, "No space"),
     (RuntimeError("CUDA out of memory"), 2, "--batch-size needs less"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size needs less")])
-def test_how_a_program_ends(error, status, message, capsys):
+def test_how_a_program_ends(error, status, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
     def main():
         raise error
 
