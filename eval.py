@@ -11,7 +11,6 @@ what conditioning is worth; the rest is a larger or a longer trained adapter. Ev
 table is scored on the same tokens.
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from common import (UserError, choose_device, keep_freed_memory, printable, read
 from data import IGNORE, RESPONSE, Tokenizer, cut, kinds, load_documents
 from hypernet import cluster_means, cluster_statistics, features, prompt_means
 from model import generate, merge_lora
-from train import (RATES, Help, Parser, Run, fingerprint, generator, held_out_clusters, load_adapter,
-                   base_path, load_base, n_trained, number, read_config, read_records, score)
+from train import (RATES, Help, Parser, Run, base_path, fingerprint, generator, held_out_clusters,
+                   load_adapter, load_base, n_trained, number, read_config, read_records, score)
 
 # Okabe & Ito's palette: told apart by all kinds of colour vision.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

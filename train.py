@@ -564,14 +564,11 @@ def parse(argv):
     args.out = args.out or "runs/" + "-".join(p.stem if p.is_file() else p.name for p in names)
     if Path(args.out).resolve() in names:
         raise UserError(f"--out {args.out} is a folder of text; choose another for what is made")
-    config = Path(args.out) / "config.json"
     try:
         "".join(map(str, vars(args).values())).encode()
     except UnicodeEncodeError:  # no page and no JSON could name it
         raise UserError("a name that is not UTF-8 stands among the flags; rename that file "
                         "or folder") from None
-    if args.resume and not config.exists():
-        raise UserError(f"--resume: {args.out} holds no run; name its folder with --out")
     if args.resume:
         kept = read_config(args.out)
         parser.set_defaults(**kept["args"] | {"base": kept["base"] or "scratch"}, out=args.out)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 import data
 import eval as evaluation
 import train
-from common import UserError, only_writer, printable, read_tensors, whole_file, write_tensors
+from common import (UserError, only_writer, printable, read_tensors, read_text, whole_file,
+                    write_tensors)
 from data import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -350,6 +351,17 @@ def test_what_is_shown_cannot_steer_a_terminal(text):
     assert printable(shown) == shown
     told = str(UserError(f"a{text}\n\x1bb"))
     assert "\n" not in told and not steering & set(told)
+
+
+def test_each_character_that_steers_is_spelt_out():
+    for code in (*range(9), *range(11, 32), *range(127, 160), 0x61C, 0x200E, 0x200F, 0xD800, 0xDFFF,
+                 *range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xE0041, 0xFFFF):
+        assert printable(f"a{chr(code)}b").isascii(), hex(code)
+
+
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert read_text(tmp_path / "a.txt") == "one"
 
 
 def test_what_is_no_danger_is_shown_as_it_is():

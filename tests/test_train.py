@@ -14,10 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+import common
 import train
 from cluster import kmeans
-from common import UserError, choose_dtype, read_tensors, whole_file, write_tensors
+from common import UserError, choose_device, choose_dtype, read_tensors, whole_file, write_tensors
 from data import IGNORE
 from hypernet import features, prompt_means
 from model import LMHead
@@ -315,6 +317,11 @@ def test_the_learning_rate_rises_and_falls():
     assert learning_rate(0, 1, 2.0) == 2.0
 
 
+def test_lists_hold_nothing_twice():
+    args = train.parse(["--seeds", "3,0,3", "--methods", "lora,chameleon,lora"])
+    assert args.seeds == [3, 0] and args.methods == ["lora", "chameleon"]
+
+
 def test_draws_are_each_seeds_and_epochs_own_and_the_same_again():
     drawn = {(seed, epoch): tuple(torch.rand(4, generator=train.generator(seed, epoch)).tolist())
              for seed in range(4) for epoch in range(9)}
@@ -424,6 +431,7 @@ def test_a_base_reads_and_is_validated_on_whole_rows(tmp_path, monkeypatch):
 
 def test_an_adapter_fits_no_other_base(finished_run):
     base = train.load_base(finished_run / "base.safetensors", CPU)
+    assert not any(p.requires_grad for p in base.parameters())
     before, found = train.fingerprint(base), set()
     for p in base.parameters():  # any number of any of them counts
         p.data.view(-1)[-1] += 1
@@ -545,7 +553,7 @@ def test_one_table_has_one_setting_but_rates(arguments):
     train.main([*arguments, "--methods", "lora"])
     train.main([*arguments, "--methods", "lora-match", "--lr", "1e-4", "--cluster-size", "20"])
     for change in (["--max-steps", "8"], ["--rank", "3"], ["--batch-size", "8"]):
-        with pytest.raises(UserError, match="lora-seed0.safetensors was made with"):
+        with pytest.raises(UserError, match=r"lora-seed0\.safetensors was made with"):
             train.main([*arguments, "--methods", "chameleon", *change])
 
 
@@ -586,6 +594,12 @@ def test_the_share_of_each_kind_is_said(arguments, corpus, capsys):
     found = dict(part.rsplit(" ", 1) for part in said.split(", "))
     assert list(found) == names
     assert 80 < float(found[names[0]].rstrip("%")) < 93
+    short = Path(arguments[-1]).parent / "short.jsonl"  # many rows of few tokens
+    short.write_text("".join(json.dumps({"prompt": f"the {i}", "completion": "road"}) + "\n"
+                             for i in range(99)))
+    train.main([*arguments[:-1], str(short.parent / "other"), "--dataset",
+                f"{corpus},{short}", "--methods", "lora"])
+    assert float(capsys.readouterr().out.split(f"{short} ")[1].split("%")[0]) < 15
 
 
 @pytest.mark.parametrize("batches", ["shuffled", "clustered"])
@@ -648,6 +662,7 @@ def test_two_processes_train_what_one_does(arguments, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
                           env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("done; the table") == 1  # one speaks for both
     one, two = train.read_records(whole), train.read_records(tmp_path / "run")
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], abs=2e-4)
     assert [(r["method"], r["step"]) for r in two] == [(r["method"], r["step"]) for r in one]
@@ -663,7 +678,8 @@ def test_a_loss_that_is_no_number_ends_in_a_line(arguments):
     (["--rank", "0"], "must be a number from 1"), (["--lr", "x"], "must be a number"),
     (["--nonsense"], "see --help"), (["--device", "cuda"], "has none"),
     (["--base", "nowhere"], "--base nowhere: neither"), (["--seeds", "0,-1"], "from 0"),
-    (["--resume"], "holds no run"), (["--base", "README.md"], "README.md is damaged"),
+    (["--resume"], "holds no run; train one first"),
+    (["--base", "README.md"], "README.md is damaged"),
     (["--dataset", "nowhere"], "no data set 'nowhere'"),
 ])
 def test_bad_arguments_are_told_in_one_line(arguments, extra, message, monkeypatch, capsys):
@@ -701,7 +717,7 @@ def test_how_a_program_ends(error, status, message, capsys, monkeypatch):
 
 
 def printing(text, **options):
-    code = f"import common; common.run_cli(lambda: print({text!r} * 9999, flush=True))"
+    code = f"import common; common.run_cli(lambda: print({text!r} * 99, flush=True))"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120,
                           stderr=subprocess.PIPE, **options)
 
@@ -732,7 +748,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("spoil", ["cut", "header", "missing"])
+def test_tensors_of_any_layout_come_back(tmp_path):
+    tensors = {"a": torch.arange(12.0).view(3, 4).T, "b": torch.ones((), dtype=torch.int32)}
+    write_tensors(tmp_path / "a.safetensors", tensors, {"x": 1})
+    found, info = read_tensors(tmp_path / "a.safetensors")
+    assert info == {"x": 1} and all(torch.equal(found[n], t) for n, t in tensors.items())
+
+
+@pytest.mark.parametrize("spoil", ["cut", "header", "missing", "no info", "a list", "deep"])
 def test_damaged_tensors_are_told_in_one_line(tmp_path, spoil):
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"a": torch.ones(3)}, {"plan": {}})
@@ -741,6 +764,9 @@ def test_damaged_tensors_are_told_in_one_line(tmp_path, spoil):
         path.write_bytes(path.read_bytes()[:-4])
     elif spoil == "header":
         path.write_bytes(b"\0" * 64)
+    elif spoil in ("no info", "a list", "deep"):
+        info = {"no info": None, "a list": {"info": "[]"}, "deep": {"info": "[" * 100_000}}[spoil]
+        save_file({"a": torch.ones(3)}, path, metadata=info)
     else:
         path.unlink()
     with pytest.raises(UserError) as error:
@@ -752,6 +778,38 @@ def test_a_torn_last_record_does_not_count(tmp_path):
     record = {"method": "lora", "seed": 0, "step": 1, "tokens": 2, "loss": 3.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + '\n5\n{}\n{"st')
     assert train.read_records(tmp_path) == [record]
+
+
+@pytest.mark.parametrize("seconds, expected", [((1, 3), torch.bfloat16), ((3, 1), torch.float32),
+                                               ((1, 1.2), torch.float32)])
+def test_the_type_of_products_on_a_cpu_is_the_faster_one(monkeypatch, seconds, expected):
+    # bfloat16, float32, in turns
+    clock = itertools.accumulate(itertools.cycle([0, seconds[0], 0, seconds[1]]))
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    assert choose_dtype("auto", CPU)[0] == expected
+
+
+@pytest.mark.parametrize("cuda, mps, chosen", [(True, False, "cuda"), (True, True, "cuda"),
+                                               (False, True, "mps"), (False, False, "cpu")])
+def test_the_device_is_the_first_that_is_here(monkeypatch, cuda, mps, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert choose_device("auto")[0].type == chosen
+    for name, there in (("cuda", cuda), ("mps", mps), ("cpu", True)):
+        if there:
+            assert choose_device(name)[0].type == name
+        else:
+            with pytest.raises(UserError, match="has none"):
+                choose_device(name)
+
+
+def test_a_gpu_computes_in_bfloat16_where_it_has_it_itself(monkeypatch):
+    for has_it, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation=True, has_it=has_it:
+                            has_it or including_emulation)
+        assert choose_dtype("auto", torch.device("cuda"))[0] == dtype
+    assert choose_dtype("auto", torch.device("mps"))[0] == torch.float32
 
 
 def test_the_type_of_products_is_chosen_and_said():
