@@ -34,6 +34,7 @@ def run_cli(main):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        print(end="", flush=True)  # a reader that has gone away is noticed now
     except KeyboardInterrupt:
         more = "; --resume goes on with a training" * ("train" in sys.argv[0])
         print(f"\nstopped{more}", file=sys.stderr)

@@ -717,7 +717,7 @@ def test_how_a_program_ends(error, status, message, capsys, monkeypatch):
 
 
 def printing(text, **options):
-    code = f"import common; common.run_cli(lambda: print({text!r} * 99, flush=True))"
+    code = f"import common; common.run_cli(lambda: print({text!r} * 99))"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120,
                           stderr=subprocess.PIPE, **options)
 
