@@ -17,8 +17,6 @@ network's dropout of 0.5 gives way to; and the network starts as plain LoRA, A r
 whatever the statistic, so that the first logits are the frozen head's.
 """
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -113,8 +111,8 @@ class ChameleonHead(LMHead):
     def factors(self, statistics):
         """A (B, r, C) and B (B, V, r) for statistics (B, C)."""
         V, C = self.weight.shape
-        # What never varied in training says nothing: it becomes 0.
-        s = (statistics - self.center) / self.spread.where(self.spread > 1e-6, math.inf)  # (B, C)
+        s = (statistics - self.center) / self.spread.clamp(min=1e-6)  # (B, C)
+        s = s.where(self.spread > 1e-6, 0)  # what never varied in training says nothing
         A, B = self.hypernetwork(s).split([self.rank * C, V * self.rank], dim=1)
         return A.view(-1, self.rank, C), B.view(-1, V, self.rank)  # from (B, r C) and (B, V r)
 
