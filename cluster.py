@@ -70,9 +70,9 @@ def kmeans(points, k, generator, max_steps=100, tolerance=1e-4):
     """Partition points (N, C) into at most k clusters: centroids (k, C) and cluster (N,), int64.
 
     `generator`, a CPU's, draws the seeds. Each step moves every centroid to the mean of its points
-    and every point to its nearest centroid. It ends when the sum of squared distances falls by less
-    than `tolerance` of itself. A centroid that has lost all its points moves to the point that is
-    farthest from its own; with fewer distinct points than k, some clusters stay empty.
+    and every point to its nearest centroid. It ends when the sum of squared distances falls by no
+    more than `tolerance` of itself. A centroid that has lost all its points moves to the point that
+    is farthest from its own; with fewer distinct points than k, some clusters stay empty.
     Raises ValueError for no points, k < 1, or a point that is not finite.
     """
     if len(points) == 0 or k < 1:

@@ -56,7 +56,9 @@ its docstring is left, and comments with the shapes of the steps of one solution
 other steps. You may add functions and files. You may rename and rebuild what you like, as long as
 `adapters.py`, through which the tests call your code, names it. The tests in `tests/` are a part of
 those that count: your code is graded with other numbers too. Exercises 9, 11 and 12 have none
-there. A bare `pytest` fails in all exercises that are open.
+there. A bare `pytest` fails in all exercises that are open. If a test stops at another part's
+number (`pytest --tb=line` shows it whole), do that part first, or ask for a copy in which it is
+solved.
 
 To hand in, pack this folder, without `.venv` and `runs`.
 """

@@ -387,7 +387,8 @@ def judge(case, results, sent):
         if kind == "error" and refused and rest[0] == case.raises:
             values.append(None)
         elif kind == "error":
-            return 0.0, f"{name} raised {rest[0]}: {printable(rest[1])}"
+            still = ": that part is open" * (rest[0] == "NotImplementedError")
+            return 0.0, f"{name} raised {rest[0]}: {printable(rest[1])}{still}"
         elif kind == "lost":
             return 0.0, f"{name} gave no answer: {rest[0]}"
         elif refused:
