@@ -96,6 +96,43 @@ __main__.encode = lambda value, depth=0: True
 __main__.decode = lambda value: True
 def cheat(*a): return True
 """,
+    "puts folders in the place of what is exchanged": """
+import os
+for name in ("answers.jsonl", "request.json", "ask", "tell"):
+    try:
+        os.unlink(f"../{name}")
+        os.mkdir(f"../{name}")
+    except OSError:
+        pass
+for descriptor in range(3, 40):
+    try:
+        os.write(descriptor, b'{"call": 0, "value": true, "inputs": true}\\n')
+    except OSError:
+        pass
+def cheat(*a): os._exit(0)
+""",
+    "digs a folder that is too deep": """
+import os
+def cheat(*a):
+    try:
+        for _ in range(1500):
+            os.mkdir("d")
+            os.chdir("d")
+    except OSError:
+        pass
+    os._exit(0)
+""",
+    "answers without end": """
+import os
+def cheat(*a):
+    line = b'{"call": 0, "inputs": 0, "value": {"list": [' + b'true, ' * (3 << 20) + b'true]}}\\n'
+    for descriptor in range(3, 40):
+        try:
+            os.write(descriptor, line)
+        except OSError:
+            pass
+    os._exit(0)
+""",
     "writes and prints results": """
 import json, os
 text = json.dumps({"score": 110, "tests": [{"score": 10, "max_score": 10}]})

@@ -78,6 +78,72 @@ def test_every_exercise_has_five_wrong_solutions_and_each_can_be_made(tmp_path):
         wrong.write(mistake, tmp_path)
 
 
+def test_a_pattern_of_answers_is_no_leak_check(worker, tmp_path):
+    """Which methods leak follows from no number of a call."""
+    copies.empty(tmp_path)
+    earned = []
+    for rule in ("next(turn)", "True", "False"):
+        (tmp_path / "leak_check.py").write_text(
+            "import itertools\nturn = itertools.cycle([True, False])\n"
+            f"def leaks(predict, tokens, prompt, n_words): return {rule}\n")
+        earned.append(points(tmp_path, {9}, worker)[0][9])
+    assert earned[1:] == [0, 0] and earned[0] <= 2  # by chance, rarely, one of ten
+
+
+def test_invented_numbers_that_cannot_be_earn_little(worker, tmp_path):
+    copies.empty(tmp_path)
+
+    def entry(method, lr, loss):
+        return {"method": method, "lr": lr, "loss": loss, "seed": 0}
+
+    fair = [entry(name, lr, 3.0) for name in ("lora", "lora-match", "chameleon")
+            for lr in (1, 1, 1, 2)]
+    (tmp_path / "false_win.json").write_text(json.dumps({
+        "false": [entry("lora", 1, 1), entry("chameleon", 1, 0)], "fair": fair,
+        "text": "a " * 100}))
+    assert points(tmp_path, {11}, worker)[0][11] <= 1  # the file can be read
+
+
+def test_an_exercise_that_cannot_be_graded_costs_itself_alone(worker, tmp_path, monkeypatch):
+    copies.empty(tmp_path)
+    real = grade.grade_exercise
+
+    def fails(exercise, *rest):
+        if exercise.number == 3:
+            raise MemoryError
+        return real(exercise, *rest)
+
+    monkeypatch.setattr(grade, "grade_exercise", fails)
+    found, messages, _ = points(tmp_path, {1, 3, 4}, worker)
+    assert set(found) == {1, 3, 4} and any("could not be graded" in m for m in messages)
+
+
+@pytest.mark.parametrize("spoil", ["data", "method", "names", "long"])
+def test_an_odd_zip_is_told_in_a_line(tmp_path, spoil):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.py", "x = 1\n" * 99)
+        archive.writestr("x" * 300 + ".py" if spoil == "long" else "b.py", "y = 1\n" * 99)
+    content = bytearray(path.read_bytes())
+    if spoil == "data":
+        content[38:44] = b"\xff" * 6  # of the first file: its header has 30 bytes and 8 of name
+    if spoil == "method":
+        content[content.index(b"PK\1\2") + 6] = 99  # the version that is needed to read it
+    if spoil == "names":
+        at = content.index(b"PK\1\2")
+        content[at + 9] |= 8  # names are UTF-8
+        content[at + 46:at + 50] = b"\xff" * 4
+    path.write_bytes(content)
+    (tmp_path / "code").mkdir()
+    try:
+        grade.unpack(path, tmp_path / "code")
+    except UserError as error:
+        assert "neither a folder nor a .zip" in str(error)
+    else:
+        assert {p.name for p in (tmp_path / "code").iterdir()} <= {
+            "model.py", "b.py", "adapters.py", "common.py"}
+
+
 @pytest.mark.parametrize("name", cheats.CHEATS)
 def test_a_cheat_earns_nothing(worker, tmp_path, name, monkeypatch):
     if name == "reads the reference" and not landlock():
