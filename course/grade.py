@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -163,12 +163,17 @@ class Worker:
             env=keep | {"OMP_NUM_THREADS": "1", "USER": "student"})
         self.heard = b""
 
-    def close(self):
+    def end(self):
         if self.process:
             self.process.kill()
             self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
+            for pipe in (self.process.stdin, self.process.stdout):
+                with suppress(OSError):  # what was still to be written has no reader
+                    pipe.close()
+        self.process = None
+
+    def close(self):
+        self.end()
         remove(self.home)
 
     def line(self, until):
@@ -222,6 +227,7 @@ class Worker:
     def child(self, folder, until, predict):
         """Have one child make the calls in `folder`; how it died, None where it is late."""
         if self.process is None or self.process.poll() is not None:
+            self.end()
             self.start()
         user = self.user or os.geteuid()
         limits = {"seconds": max(1, round(until - time.monotonic())), "memory": MEMORY,
@@ -246,11 +252,13 @@ class Worker:
         finally:
             os.close(ask)
             os.close(tell)
+            if pid and status is None:  # it may not lead a group of its own yet
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.sweep(pid)
         if status is None:
             if self.line(time.monotonic() + 5) is None:  # its end was not told: begin anew
-                self.process.kill()
-                self.process.wait()
+                self.end()
             return None
         return ("the process was ended from within (os._exit?)" if int(status) < 256 and
                 not int(status) & 127 else "the process died (out of memory, or killed?)")
