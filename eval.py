@@ -72,6 +72,7 @@ def score_run(run, config, tokenizer, splits):
     base = open_base(run, config, tokenizer)
     mark, embedding, entries, clusters = fingerprint(base), base.transformer.wte.weight, [], None
     sizes, damaged = tokenizer.bytes_per_token(), []
+
     def add(model, plan, control="", tables=None):
         entry = {"name": ", ".join(filter(None, (plan["method"], control))), "seed": plan["seed"],
                  "parameters": n_trained(model), "lr": plan.get("lr"), "rank": plan.get("rank")}

@@ -481,7 +481,8 @@ class Parser(argparse.ArgumentParser):
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        silent = action.default is None or action.default is False or "default" in action.help
+        return action.help if silent else super()._get_help_string(action)
 
 
 def number(kind, low, high):
@@ -735,8 +736,7 @@ def train(args):
         kept = {k: v for k, v in vars(args).items() if k not in OF_A_CALL}
         write_json(run.folder / "config.json", {
             "args": kept, "data": data, "base": "" if scratch else str(place.resolve()),
-            "read": read,
-            "instructions": any(d.prompt for d in documents["train"])})
+            "read": read, "instructions": any(d.prompt for d in documents["train"])})
         write_json(run.folder / "tokenizer.json", tokenizer.spec)
     if base is None:
         train_base(run, own, plan, *base_rows)

@@ -662,7 +662,7 @@ def seen(name):
 
 def make_parser():
     parser = core.Parser(prog="lab.run fair",
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                         formatter_class=core.Help)
     add, count = parser.add_argument, core.number(int, 1, 2**31)
     add("base", help="a base.safetensors that train.py made, a folder that transformers opens, or "
         "smollm2")

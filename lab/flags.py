@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from common import UserError, parse_json, read_text
-from train import Parser, number
+from train import Help, Parser, number
 
 PROGRAM = "python -m lab.run"
 SIZES = ("pico", "nano", "small", "medium", "gpt2")  # model.py has their shapes
@@ -38,12 +38,6 @@ SCRATCH = ("size", "vocab_size", "base_lr", "base_epochs", "base_batch_size")
 OF_A_RUN = ("tokenizer",)
 OF_A_CALL = ("resume", "out", "device")  # what config.json does not keep
 OF_PROMPTS = ("assign", "clusters", "static", "base_only", "json", "method", "temperature", "top_k")
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        silent = action.default is None or action.default is False or "default" in action.help
-        return action.help if silent else super()._get_help_string(action)
 
 
 MOST = 2**31 - 1
@@ -86,7 +80,7 @@ def train_parser():
     add("--out", help="run folder (default: runs/DATASET)")
     add("--resume", action="store_true", help="go on with what --out holds, with its settings")
     add("--methods", type=methods, default=DEFAULT_METHODS, metavar="M,M",
-        help=f"any of {', '.join(METHODS)} (baselines.py)")
+        help=f"any of {', '.join(METHODS)} (heads.py, cache.py)")
     add("--trunk", choices=("joint", "shared"), default="joint", help="train each head together "
         "with LoRA in the transformer (the paper's way), or heads alone, in a minute each, on the "
         "kept states of one LoRA-adapted transformer: that of --methods lora, seed 0")

@@ -7,7 +7,6 @@ The gain is how far `counts` is below the better of the frozen base, `lora` and 
 worth of company how far it is below the same head when it is trained on own prompts and told them.
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,7 +152,7 @@ def draw(found, path):
 
 def make_parser():
     parser = core.Parser(prog="lab.run when")
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.formatter_class = core.Help
     parser.add_argument("run", help="folder that lab.run fair wrote")
     parser.add_argument("--seeds", default="0,1,2",
                         type=lambda text: core.some(core.number(int, 0, 2**31), text))

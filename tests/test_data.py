@@ -325,7 +325,7 @@ def test_bad_files_are_refused_in_a_line(tmp_path, name, text, message):
     write(tmp_path, name, text)
     with pytest.raises(UserError, match=message) as error:
         load_documents(str(tmp_path), ".")
-    assert "\n" not in str(error.value)
+    assert "\n" not in error.value.args[0]
 
 
 def test_text_that_is_not_utf8_or_not_there_is_refused(tmp_path):

@@ -58,7 +58,7 @@ def test_what_is_no_gpt2_is_refused_in_a_line(published, tmp_path, spoil):
         (tmp_path / "model.safetensors").write_bytes(b"no")
     with pytest.raises(UserError) as error:
         load_gpt2(tmp_path)
-    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert "\n" not in error.value.args[0] and str(tmp_path) in str(error.value)
 
 
 def test_gpt2_is_fetched_from_the_hub_once(published, tmp_path, monkeypatch):

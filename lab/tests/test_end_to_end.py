@@ -349,7 +349,7 @@ def test_prompts_that_cannot_be_served_are_told_in_one_line(run, tmp_path, text,
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=said) as error:
         eval.main([str(run[0]), "--prompts", str(file), *options])
-    assert "\n" not in str(error.value)
+    assert "\n" not in error.value.args[0]
 
 
 def test_prompts_need_no_corpus(run, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def check(main, flag, arguments):
         try:
             main([*arguments(i), f"{flag}={value}"])
         except UserError as error:
-            assert "\n" not in str(error) and 0 < len(str(error)) < 1000
+            assert "\n" not in error.args[0] and 0 < len(str(error)) < 1000
         except RuntimeError as error:  # `run_cli` has a line for it
             assert value == LARGE and "can't allocate memory" in str(error)
         except Reached:
